@@ -1,0 +1,1 @@
+"""The contract between all stages: manifest, tensor specs, pruning plan, profile, and the exception tree."""

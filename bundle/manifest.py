@@ -1,0 +1,103 @@
+"""``sievert.json``: everything a bundle holds, named. Nothing else carries state between stages."""
+
+from __future__ import annotations
+
+from sievert.bundle.plan import Plan
+from sievert.bundle.profile import Profile
+from sievert.bundle.specs import Geometry, Record, TensorSpec
+
+FORMAT = 1
+
+
+class FileEntry(Record):
+    """A file of the bundle: size in bytes, and SHA-256 of its content in hexadecimal."""
+
+    bytes: int
+    sha256: str
+
+
+class WeightEntry(Record):
+    """One tensor of the weights file, by content. ``name`` is the checkpoint parameter, with ``.T`` where transposed."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+    sha256: str
+
+
+class Source(Record):
+    """Where the model came from. ``model`` is the folder or hub id the user gave."""
+
+    model: str
+    architecture: str
+    family: str
+    vision: str
+    text: str
+    dtype: str
+
+
+class GraphEntry(Record):
+    """One ONNX graph: its file and everything it takes and gives."""
+
+    file: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+class EngineFile(Record):
+    """What one graph became for one engine.
+
+    ``lowered`` is the ONNX file handed to the builder (the graph's own file where the target takes it as it is), ``built_from``
+    its SHA-256; ``file`` is the engine, or None where the engine reads ONNX itself.
+    """
+
+    lowered: str
+    built_from: str
+    file: str | None
+    builder: str
+    seconds: float
+
+
+class EngineEntry(Record):
+    """All graphs of a variant for one engine."""
+
+    target: str
+    graphs: dict[str, EngineFile]
+
+
+class Variant(Record):
+    """Static graphs over the bundle's weights: ``vision_encoder``, ``embed_tokens``, ``prefill``, ``decode``.
+
+    ``capacities`` are the cache rows of each layer.
+    """
+
+    plan: Plan
+    profile: Profile
+    capacities: tuple[int, ...]
+    graphs: dict[str, GraphEntry]
+    engines: dict[str, EngineEntry] = {}
+
+
+class Step(Record):
+    """One line of the history: the command, when it finished (UTC, ISO 8601), how long it took, the versions that did it."""
+
+    command: str
+    finished: str
+    seconds: float
+    versions: dict[str, str]
+
+
+class Manifest(Record):
+    """The whole of ``sievert.json``. ``graphs`` are the dynamic ones every variant is made from."""
+
+    format: int = FORMAT
+    source: Source
+    geometry: Geometry
+    weights_file: str
+    weights: tuple[WeightEntry, ...]
+    files: dict[str, FileEntry]
+    graphs: dict[str, GraphEntry]
+    variants: dict[str, Variant] = {}
+    history: tuple[Step, ...] = ()

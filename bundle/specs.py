@@ -1,0 +1,44 @@
+"""What a graph takes and gives, in terms no runtime is needed for."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Record(BaseModel):
+    """A frozen value of the manifest; unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class TensorSpec(Record):
+    """One input or output of a graph: ONNX dtype name in lower case (``float32``, ``int64``...), fixed or named axes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+class Geometry(Record):
+    """The numbers of a model that every stage needs. Units are tokens, layers, heads, elements and pixels.
+
+    ``attention_scale`` is what the decoder multiplies q.k by (1/sqrt(d) in most models); ``eos_token_ids`` are the stop
+    tokens of the generation config; ``grid`` is the patch grid (rows, columns) of one image after merging.
+    """
+
+    depth: int
+    width: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    vocabulary: int
+    attention_scale: float
+    max_positions: int
+    image_token_id: int
+    pad_token_id: int
+    eos_token_ids: tuple[int, ...]
+    image_height: int
+    image_width: int
+    channels: int
+    grid: tuple[int, int]
+    visual_tokens: int

@@ -1,0 +1,86 @@
+"""Decode: one token per row, every layer attending to its own cache.
+
+Before::
+
+    inputs_embeds[B, S, D] -> layers at one length -> logits of every row
+
+After::
+
+    input_ids[B, 1] -> embedding -> layers, k and v written to row ``cache_row - dropped`` of caches [B, G, C_i, d] -> logits[B, V]
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+from onnxscript import GraphBuilder
+
+from sievert.bundle.errors import GraphError
+from sievert.bundle.plan import Plan
+from sievert.bundle.profile import Profile
+from sievert.graph_passes.decoder import Decoder, Layer
+from sievert.graph_passes.instance import Instance
+from sievert.graph_passes.prefill import add_cache_inputs, add_named_output, emit_logits
+
+
+def build_decode(decoder: Decoder, embed_tokens: ir.Model, profile: Profile, plan: Plan) -> ir.Model:
+    """The static decode graph of the contract (DESIGN.md). Each stage's own row, mask and position are computed in the graph."""
+    graph = ir.Graph([], [], nodes=[], opset_imports={"": 24}, name="decode")
+    build = GraphBuilder(graph)
+    op = build.op
+    batch = profile.decode_batch
+    input_ids = build.input("input_ids", ir.DataType.INT64, [batch, 1])
+    position_ids = build.input("position_ids", ir.DataType.INT64, [batch, 1])
+    cache_row = build.input("cache_row", ir.DataType.INT64, [batch])
+    dropped = [plan.dropped_at(index, profile.visual_tokens) for index in range(decoder.depth)]
+    caches = [add_cache_inputs(build, decoder, index, batch, profile.capacity(dropped[index])) for index in range(decoder.depth)]
+    weights: dict[str, ir.Value] = {}
+    stream = _embed(build, embed_tokens, input_ids, weights)
+    presents: list[tuple[str, ir.Value]] = []
+    segment, row, mask = None, cache_row, cache_row
+    for layer in decoder.layers:
+        if segment is None or dropped[layer.index] != dropped[layer.index - 1]:
+            lost = dropped[layer.index]
+            if segment is not None:
+                stream = segment.get(layer.residual)
+            row = op.Sub(cache_row, lost) if lost else cache_row
+            mask = _mask_rows(build, row, profile.capacity(lost))
+            positions = op.Sub(position_ids, lost) if lost and plan.positions == "compact" else position_ids
+            bound = {decoder.inputs_embeds: stream, decoder.position_ids: positions, layer.residual: stream}
+            segment = Instance(build, decoder.model.graph, scope=f"decode.{layer.index}", bound=bound, weights=weights)
+        presents += _attend_to_cache(build, segment, layer, caches[layer.index], row, mask)
+    if segment is None:
+        raise GraphError("the decoder has no layers")
+    logits = emit_logits(build, decoder, segment.get(decoder.layers[-1].residual_out), weights)
+    for name, value in [("logits", logits), *presents]:
+        add_named_output(build, value, name)
+    return ir.Model(graph, ir_version=11, producer_name="sievert")
+
+
+def _embed(build: GraphBuilder, embed_tokens: ir.Model, input_ids: ir.Value, weights: dict[str, ir.Value]) -> ir.Value:
+    """The text embedding of ``embed_tokens``, without the merge of image features: [B, 1, D]."""
+    graph = embed_tokens.graph
+    ids = next((value for value in graph.inputs if value.name == "input_ids"), None)
+    merge = graph.outputs[0].producer()
+    while merge is not None and not merge.op_type.startswith("Scatter"):
+        merge = merge.inputs[0].producer() if merge.inputs and merge.inputs[0] is not None else None
+    if ids is None or merge is None or merge.inputs[0] is None:
+        raise GraphError("embed_tokens does not scatter image features over a text embedding: export it with sievert export")
+    return Instance(build, graph, scope="embed", bound={ids: input_ids}, weights=weights).get(merge.inputs[0])
+
+
+def _mask_rows(build: GraphBuilder, row: ir.Value, capacity: int) -> ir.Value:
+    """Rows 0..row of a cache: ``[B, 1, 1, C]`` bool."""
+    op = build.op
+    return op.LessOrEqual(op.Unsqueeze(op.Range(0, capacity, 1), [0, 1, 2]), op.Unsqueeze(row, [1, 2, 3]))
+
+
+def _attend_to_cache(
+    build: GraphBuilder, segment: Instance, layer: Layer, cache: tuple[ir.Value, ir.Value], row: ir.Value, mask: ir.Value
+) -> list[tuple[str, ir.Value]]:
+    op = build.op
+    keys = op.TensorScatter(cache[0], segment.get(layer.k_rotary), row, axis=2)
+    values = op.TensorScatter(cache[1], segment.get(layer.v), row, axis=2)
+    query = segment.get(layer.q_rotary)
+    attended = op.Attention(query, keys, values, mask, scale=layer.scale, softmax_precision=int(ir.DataType.FLOAT))
+    segment.bind(layer.attended, attended)
+    return [(f"present.{layer.index}.key", keys), (f"present.{layer.index}.value", values)]

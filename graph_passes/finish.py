@@ -1,0 +1,66 @@
+"""What every static graph goes through last: folding, deduplication, and the check that nothing dynamic is left."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Final
+
+import onnx_ir as ir
+from onnx_ir.passes.common import CommonSubexpressionEliminationPass, TopologicalSortPass
+from onnxscript import optimizer
+
+from sievert.bundle.errors import GraphError
+
+logger = logging.getLogger(__name__)
+
+# Folding below this many elements; a folded constant stays far under 1 MiB, and weights are never touched.
+_FOLD_ELEMENTS: Final = 8192
+LARGEST_CONSTANT_BYTES: Final = 1 << 20
+
+
+@dataclass(frozen=True)
+class FixShapes(ir.passes.InPlacePass):
+    """Fold what fixed lengths make constant (shapes, ranges, reshapes' targets) and merge what is computed twice.
+
+    Before::
+
+        Shape(x[2, 24, 64]) -> Gather -> Concat -> Reshape
+
+    After::
+
+        Reshape(x, const)
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        before = model.graph.num_nodes()
+        # Folding proceeds in rounds: a folded shape may make the next shape known.
+        optimizer.optimize_ir(
+            model,
+            num_iterations=4,
+            input_size_limit=_FOLD_ELEMENTS,
+            output_size_limit=_FOLD_ELEMENTS,
+            should_fold=_should_fold,
+            inline=False,
+        )
+        CommonSubexpressionEliminationPass()(model)
+        TopologicalSortPass()(model)
+        model.graph.opset_imports[""] = 24
+        return ir.passes.PassResult(model, modified=model.graph.num_nodes() != before)
+
+    def ensures(self, model: ir.Model) -> None:
+        for node in model.graph:
+            for value in node.outputs:
+                if value.shape is not None and value.shape.is_dynamic():
+                    raise GraphError(f"{value.name!r} of {node.op_type} node {node.name!r} still has the shape {value.shape}")
+        for name, value in model.graph.initializers.items():
+            tensor = value.const_value
+            if tensor is not None and not isinstance(tensor, ir.ExternalTensor) and tensor.nbytes > LARGEST_CONSTANT_BYTES:
+                logger.warning("constant %s holds %d bytes inside the graph file", name, tensor.nbytes)
+
+
+def _should_fold(node: ir.Node) -> bool | None:
+    """Weights stay as the checkpoint has them, whatever their size: never fold an operator over a named parameter."""
+    if any(value is not None and isinstance(value.const_value, ir.ExternalTensor) for value in node.inputs):
+        return False
+    return None

@@ -1,0 +1,135 @@
+"""Which rows of a sequence are what, and which survive a cut: index arithmetic of the splice, static shapes only.
+
+Every function takes the op builder and values, and returns values; dimensions are those of the graphs' contract (B, S, Nv, K).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import onnx_ir as ir
+from onnxscript import GraphBuilder
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The sequence that enters a stage. ``length`` is S, ``visual`` is Nv; all values are int64 or bool.
+
+    ``visual_index[B, Nv]`` ascending rows of this sequence, ``original_visual[B, Nv]`` the same tokens counted among the model's visual
+    tokens, ``original_row[B, S]`` rows of the unpruned sequence, ``position_ids[B, S]``, ``is_visual[B, S]``, ``text[B, S]`` real text after
+    the first visual token, ``all_text[B, S]`` all real text; ``carried`` float32 values ``[B, S]`` that selectors left.
+    """
+
+    batch: int
+    length: int
+    visual: int
+    visual_index: ir.Value
+    original_visual: ir.Value
+    original_row: ir.Value
+    position_ids: ir.Value
+    is_visual: ir.Value
+    text: ir.Value
+    all_text: ir.Value
+    carried: Mapping[str, ir.Value]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The outcome of a stage: the rows that go on, where they came from, and the kept tokens' rows of the original sequence ``[B, K]``."""
+
+    rows: Rows
+    source: ir.Value  # [B, S'] int64: row of the stage's sequence each row of the next one comes from
+    kept_index: ir.Value
+
+
+def describe_rows(
+    build: GraphBuilder, *, batch: int, length: int, visual: int, attention_mask: ir.Value, visual_index: ir.Value, position_ids: ir.Value
+) -> Rows:
+    """The unpruned sequence, from prefill's inputs."""
+    op = build.op
+    counter = _make_counter(build, length)  # [1, S]
+    is_visual = op.Greater(_scatter_ones(build, op.Expand([0], [batch, length]), visual_index, (batch, visual)), 0)
+    real = op.Greater(attention_mask, 0)  # [B, S]
+    all_text = op.And(real, op.Not(is_visual))
+    first = op.Slice(visual_index, [0], [1], [1])  # [B, 1]
+    text = op.And(all_text, op.Greater(counter, first))
+    return Rows(
+        batch=batch,
+        length=length,
+        visual=visual,
+        visual_index=visual_index,
+        original_visual=op.Expand(_make_counter(build, visual), [batch, visual]),
+        original_row=op.Expand(counter, [batch, length]),
+        position_ids=position_ids,
+        is_visual=is_visual,
+        text=text,
+        all_text=all_text,
+        carried={},
+    )
+
+
+def cut_rows(build: GraphBuilder, rows: Rows, order: ir.Value, keep: int, *, compact: bool, carried: Mapping[str, ir.Value]) -> Cut:
+    """Drop every visual token but those at places ``order[B, K]``; text and padding stay, everything in its old order."""
+    op = build.op
+    batch, length, visual = rows.batch, rows.length, rows.visual
+    after = length - visual + keep
+    no_places = op.Expand([0], [batch, visual])
+    taken = _scatter_ones(build, no_places, order, (batch, keep))  # [B, Nv]
+    places = _order_kept_first(build, taken, (batch, visual), keep)[0]  # [B, K] ascending
+    kept = op.GatherElements(rows.visual_index, places, axis=1)  # [B, K] rows of this sequence
+    stays = _scatter_ones(build, op.Cast(op.Not(rows.is_visual), to=ir.DataType.INT64), kept, (batch, keep))  # [B, S]
+    source, slot = _order_kept_first(build, stays, (batch, length), after)
+    position_ids = op.GatherElements(rows.position_ids, source, axis=1)
+    if compact:
+        position_ids = op.Expand(_make_counter(build, after), [batch, after])
+    following = replace(
+        rows,
+        length=after,
+        visual=keep,
+        visual_index=op.GatherElements(slot, kept, axis=1),
+        original_visual=op.GatherElements(rows.original_visual, places, axis=1),
+        original_row=op.GatherElements(rows.original_row, source, axis=1),
+        position_ids=position_ids,
+        is_visual=_gather_flags(build, rows.is_visual, source),
+        text=_gather_flags(build, rows.text, source),
+        all_text=_gather_flags(build, rows.all_text, source),
+        carried={name: op.GatherElements(value, source, axis=1) for name, value in {**rows.carried, **carried}.items()},
+    )
+    return Cut(following, source, op.GatherElements(rows.original_row, kept, axis=1))
+
+
+def gather_rows(build: GraphBuilder, stream: ir.Value, source: ir.Value) -> ir.Value:
+    """Rows ``source[B, S']`` of ``stream[B, S, D]``: [B, S', D]."""
+    return build.op.GatherND(stream, build.op.Unsqueeze(source, [2]), batch_dims=1)
+
+
+def _order_kept_first(build: GraphBuilder, flags: ir.Value, shape: tuple[int, int], count: int) -> tuple[ir.Value, ir.Value]:
+    """Stable partition of n columns by ``flags[B, n]`` (int64, ``count`` ones a row).
+
+    Returns the first ``count`` columns of the partition ``[B, count]``, and each column's slot ``[B, n]``. A permutation is scattered, as
+    long as the data: TensorRT refuses indices longer than the data, and no sort or TopK limits n.
+    """
+    op = build.op
+    counter = _make_counter(build, shape[1])  # [1, n]
+    ones_so_far = op.CumSum(flags, 1)  # [B, n]
+    zeros_so_far = op.Sub(op.Add(counter, 1), ones_so_far)
+    slot = op.Sub(op.Where(op.Greater(flags, 0), ones_so_far, op.Add(zeros_so_far, count)), 1)
+    columns = op.ScatterElements(op.Expand(counter, list(shape)), slot, op.Expand(counter, list(shape)), axis=1)
+    return op.Slice(columns, [0], [count], [1]), slot
+
+
+def _scatter_ones(build: GraphBuilder, data: ir.Value, index: ir.Value, shape: tuple[int, int]) -> ir.Value:
+    """``data[B, n]`` int64 with ones at the columns ``index`` of ``shape``."""
+    return build.op.ScatterElements(data, index, build.op.Expand([1], list(shape)), axis=1)
+
+
+def _gather_flags(build: GraphBuilder, flags: ir.Value, source: ir.Value) -> ir.Value:
+    # Through int64: full TensorRT documents no GatherElements of booleans.
+    op = build.op
+    return op.Greater(op.GatherElements(op.Cast(flags, to=ir.DataType.INT64), source, axis=1), 0)
+
+
+def _make_counter(build: GraphBuilder, length: int) -> ir.Value:
+    """0..n-1 as ``[1, n]`` int64."""
+    return build.op.Unsqueeze(build.op.Range(0, length, 1), [0])

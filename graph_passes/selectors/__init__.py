@@ -1,0 +1,1 @@
+"""One file per selector, and the registry that names them."""
