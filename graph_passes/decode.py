@@ -71,7 +71,8 @@ def _embed(build: GraphBuilder, embed_tokens: ir.Model, input_ids: ir.Value, wei
 def _mask_rows(build: GraphBuilder, row: ir.Value, capacity: int) -> ir.Value:
     """Rows 0..row of a cache: ``[B, 1, 1, C]`` bool."""
     op = build.op
-    return op.LessOrEqual(op.Unsqueeze(op.Range(0, capacity, 1), [0, 1, 2]), op.Unsqueeze(row, [1, 2, 3]))
+    mask: ir.Value = op.LessOrEqual(op.Unsqueeze(op.Range(0, capacity, 1), [0, 1, 2]), op.Unsqueeze(row, [1, 2, 3]))
+    return mask
 
 
 def _attend_to_cache(

@@ -10,6 +10,7 @@ import ast
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Final
 
 import onnx_ir as ir
@@ -67,6 +68,7 @@ class Decoder:
 
     @property
     def depth(self) -> int:
+        """Number of layers."""
         return len(self.layers)
 
 
@@ -87,12 +89,15 @@ def find_decoder(model: ir.Model) -> Decoder:
     attentions = [node for node in graph if node.op_type == "Attention"]
     if not attentions:
         raise GraphError(
-            "no Attention operator in the decoder: the exporter decomposed it. Export with opset 23 and the versions pinned in constraints.txt"
+            "no Attention operator in the decoder: the exporter decomposed it. Export at opset 23, with the versions pinned in "
+            "constraints.txt"
         )
     layers = tuple(_find_layer(node, index) for index, node in enumerate(attentions))
-    for before, after in zip(layers, layers[1:], strict=False):
+    for before, after in pairwise(layers):
         if before.residual_out is not after.residual:
-            raise GraphError(f"layer {after.index} does not start where layer {before.index} ends: {_name(after.residual)} is not its output")
+            raise GraphError(
+                f"layer {after.index} does not start where layer {before.index} ends: {_name(after.residual)} is not its output"
+            )
     for layer in layers:
         for kind, value in (("key", layer.k_rotary), ("value", layer.v)):
             present = outputs.get(f"present.{layer.index}.{kind}")
@@ -167,7 +172,9 @@ def _confirm_scope(node: ir.Node, index: int) -> None:
         return
     numbers = {int(m.group(1)) for scope in ast.literal_eval(scopes) if (m := re.search(r"(?:^|\.)layers\.(\d+)(?:\.|$)", scope))}
     if numbers and numbers != {index}:
-        raise GraphError(f"attention number {index} ({_where(node)}) was exported from layer {sorted(numbers)}: a layer has no Attention or two")
+        raise GraphError(
+            f"attention number {index} ({_where(node)}) was exported from layer {sorted(numbers)}: a layer has no Attention or two"
+        )
 
 
 def _strip_repeat(value: ir.Value) -> ir.Value:
@@ -186,7 +193,9 @@ def _strip_repeat(value: ir.Value) -> ir.Value:
 def _before_rotary(value: ir.Value, index: int, kind: str) -> ir.Value:
     node = value.producer()
     if node is None or node.op_type != "RotaryEmbedding":
-        raise GraphError(f"layer {index}: the {kind} comes from {_where(node)}, expected RotaryEmbedding (rotary missing, fused or decomposed)")
+        raise GraphError(
+            f"layer {index}: the {kind} comes from {_where(node)}, expected RotaryEmbedding (rotary missing, fused or decomposed)"
+        )
     if node.attributes.get_int("rotary_embedding_dim", 0) not in (0, _static_axis(value, 3)):
         raise GraphError(f"layer {index}: {_where(node)} rotates only a part of the head (partial rotary), which is not supported")
     return _given(node.inputs[0], node)
@@ -205,7 +214,9 @@ def _projection_input(value: ir.Value, index: int, kind: str) -> ir.Value:
             current = _only(operands, f"layer {index}: a bias or gain at {_where(node)}")
         else:
             break
-    raise GraphError(f"layer {index}: between the {kind} and its projection stands {_where(node)}, expected reshapes, a norm or a bias (fused qkv?)")
+    raise GraphError(
+        f"layer {index}: between the {kind} and its projection stands {_where(node)}, expected reshapes, a norm or a bias (fused qkv?)"
+    )
 
 
 def _norm_input(value: ir.Value, index: int) -> ir.Value:

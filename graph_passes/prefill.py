@@ -24,7 +24,7 @@ from sievert.bundle.plan import Plan
 from sievert.bundle.profile import Profile
 from sievert.graph_passes.decoder import Decoder, Layer
 from sievert.graph_passes.instance import Instance
-from sievert.graph_passes.rows import Rows, cut_rows, describe_rows, gather_rows
+from sievert.graph_passes.rows import cut_rows, describe_rows, gather_rows
 from sievert.graph_passes.selectors.base import Selector, StageGeometry, StageInputs, Tap
 
 
@@ -40,127 +40,125 @@ class Cutting:
 def build_prefill(decoder: Decoder, profile: Profile, plan: Plan, cuttings: Sequence[Cutting], grid: tuple[int, int]) -> ir.Model:
     """The static prefill graph of the contract (DESIGN.md), pruned by ``cuttings`` in order; none gives the unpruned graph.
 
-    Inner values ``stage.{s}.residual``, ``stage.{s}.scores`` and ``stage.{s}.order`` keep these names for :func:`expose`.
+    Inner values ``stage.{s}.residual``, ``stage.{s}.scores`` and ``stage.{s}.order`` keep these names for ``expose``.
     """
-    graph = ir.Graph([], [], nodes=[], opset_imports={"": 24}, name="prefill")
-    build = GraphBuilder(graph)
-    op = build.op
-    batch, length = profile.batch, profile.sequence
-    stream = build.input("inputs_embeds", decoder.dtype, [batch, length, decoder.width])
-    position_ids = build.input("position_ids", ir.DataType.INT64, [batch, length])
-    attention_mask = build.input("attention_mask", ir.DataType.INT64, [batch, length])
-    visual_index = build.input("visual_index", ir.DataType.INT64, [batch, profile.visual_tokens])
-    caches = [
-        add_cache_inputs(build, decoder, index, batch, profile.capacity(plan.dropped_at(index, profile.visual_tokens)))
-        for index in range(decoder.depth)
-    ]
-    weights: dict[str, ir.Value] = {}
-    outputs: list[tuple[str, ir.Value]] = []
-    kept: list[tuple[str, ir.Value]] = []
-    build.push_module("rows")
-    rows = describe_rows(
-        build,
-        batch=batch,
-        length=length,
-        visual=profile.visual_tokens,
-        attention_mask=attention_mask,
-        visual_index=visual_index,
-        position_ids=position_ids,
-    )
-    build.pop_module()
-    segment = _enter(build, decoder, 0, stream, rows.position_ids, weights, "front")
-    start, embeds, cuts = 0, stream, {cutting.layer: (number, cutting) for number, cutting in enumerate(cuttings)}
+    splice = _Splice(decoder, profile, plan, grid)
+    cuts = {cutting.layer: (number, cutting) for number, cutting in enumerate(cuttings)}
     for layer in decoder.layers:
         if layer.index in cuts:
-            number, cutting = cuts[layer.index]
-            stream = _name_value(build, segment.get(layer.residual), f"stage.{number}.residual")
-            rows, source, kept_index = _cut(build, decoder, cutting, number, segment, rows, embeds, grid, start, plan.positions == "compact")
-            embeds = gather_rows(build, embeds, source)
-            segment = _enter(
-                build, decoder, layer.index, gather_rows(build, stream, source), rows.position_ids, weights, f"tail.{number}"
+            splice.cut(layer, *cuts[layer.index])
+        splice.attend(layer)
+    return splice.finish()
+
+
+class _Splice:
+    """The prefill graph while it is put together: the sequence as it stands, and the instance of the decoder that runs on it."""
+
+    def __init__(self, decoder: Decoder, profile: Profile, plan: Plan, grid: tuple[int, int]) -> None:
+        self._decoder, self._profile, self._plan, self._grid = decoder, profile, plan, grid
+        self._build = build = GraphBuilder(ir.Graph([], [], nodes=[], opset_imports={"": 24}, name="prefill"))
+        batch, length, visual = profile.batch, profile.sequence, profile.visual_tokens
+        self._embeds = build.input("inputs_embeds", decoder.dtype, [batch, length, decoder.width])
+        position_ids = build.input("position_ids", ir.DataType.INT64, [batch, length])
+        self._attention_mask = build.input("attention_mask", ir.DataType.INT64, [batch, length])
+        visual_index = build.input("visual_index", ir.DataType.INT64, [batch, visual])
+        self._caches = [
+            add_cache_inputs(build, decoder, index, batch, profile.capacity(plan.dropped_at(index, visual)))
+            for index in range(decoder.depth)
+        ]
+        self._weights: dict[str, ir.Value] = {}
+        self._presents: list[tuple[str, ir.Value]] = []
+        self._kept: list[tuple[str, ir.Value]] = []
+        build.push_module("rows")
+        self._rows = describe_rows(
+            build,
+            batch=batch,
+            length=length,
+            visual=visual,
+            attention_mask=self._attention_mask,
+            visual_index=visual_index,
+            position_ids=position_ids,
+        )
+        build.pop_module()
+        self._enter(0, self._embeds, "front")
+
+    def _enter(self, layer: int, stream: ir.Value, scope: str) -> None:
+        """Enter the decoder at ``layer`` with ``stream[B, n, D]``: lengths, reshapes and rotary tables follow the new inputs."""
+        decoder, self._start = self._decoder, layer
+        bound = {decoder.inputs_embeds: stream, decoder.position_ids: self._rows.position_ids, decoder.layers[layer].residual: stream}
+        self._segment = Instance(self._build, decoder.model.graph, scope=scope, bound=bound, weights=self._weights)
+
+    def cut(self, layer: Layer, number: int, cutting: Cutting) -> None:
+        """Let the selector rank the visual tokens before ``layer``, and go on with the kept rows."""
+        build, compact = self._build, self._plan.positions == "compact"
+        stream = _name_value(build, self._segment.get(layer.residual), f"stage.{number}.residual")
+        inputs = self._stage_inputs(cutting)
+        build.push_module(f"select.{number}", cutting.selector.name)
+        selection = cutting.selector.select(build, inputs)
+        _name_value(build, selection.scores, f"stage.{number}.scores")
+        order = _name_value(build, selection.order, f"stage.{number}.order")
+        cut = cut_rows(build, self._rows, order, cutting.keep, compact=compact, carried=selection.carried)
+        build.pop_module()
+        self._rows = cut.rows
+        self._embeds = gather_rows(build, self._embeds, cut.source)
+        self._kept.append((f"kept_index.{number}", cut.kept_index))
+        self._enter(layer.index, gather_rows(build, stream, cut.source), f"tail.{number}")
+
+    def _stage_inputs(self, cutting: Cutting) -> StageInputs:
+        rows, decoder = self._rows, self._decoder
+        geometry = StageGeometry(
+            layer=cutting.layer,
+            depth=decoder.depth,
+            batch=rows.batch,
+            sequence=rows.length,
+            visual=rows.visual,
+            keep=cutting.keep,
+            heads=decoder.heads,
+            kv_heads=decoder.kv_heads,
+            head_size=decoder.head_size,
+            attention_scale=decoder.layers[cutting.layer].scale,
+            grid=self._grid,
+        )
+        return StageInputs(
+            geometry=geometry,
+            visual_index=rows.visual_index,
+            original_index=rows.original_visual,
+            text=rows.text,
+            all_text=rows.all_text,
+            inputs_embeds=self._embeds,
+            taps={tap: self._tap(tap) for tap in cutting.selector.taps(cutting.layer, decoder.depth)},
+            carried=rows.carried,
+        )
+
+    def _tap(self, tap: Tap) -> ir.Value:
+        if tap.layer < self._start:
+            raise PlanError(
+                f"a selector reads {tap.kind} of layer {tap.layer}, which ran before the previous cut at layer {self._start}: "
+                "carry it along"
             )
-            start = layer.index
-            kept.append((f"kept_index.{number}", kept_index))
-        outputs += _attend_causally(build, segment, layer, caches[layer.index])
-    dropped = length - rows.length
-    last = op.Sub(op.ReduceSum(attention_mask, [1], keepdims=1), dropped + 1)  # [B, 1] row of the last real token
-    hidden = op.GatherND(segment.get(decoder.layers[-1].residual_out), op.Unsqueeze(last, [2]), batch_dims=1)  # [B, 1, D]
-    outputs.insert(0, ("logits", emit_logits(build, decoder, hidden, weights)))
-    for name, value in outputs + kept:
-        add_named_output(build, value, name)
-    return ir.Model(graph, ir_version=11, producer_name="sievert")
+        value: ir.Value = getattr(self._decoder.layers[tap.layer], tap.kind)
+        return self._segment.get(value)
 
+    def attend(self, layer: Layer) -> None:
+        """Causal attention over the fresh keys and values, which are also written to rows 0..n-1 of the caches."""
+        op, segment = self._build.op, self._segment
+        query, key, value = segment.get(layer.q_rotary), segment.get(layer.k_rotary), segment.get(layer.v)
+        attended = op.Attention(query, key, value, is_causal=1, scale=layer.scale, softmax_precision=int(ir.DataType.FLOAT))
+        segment.bind(layer.attended, attended)
+        caches = self._caches[layer.index]
+        self._presents.append((f"present.{layer.index}.key", op.TensorScatter(caches[0], key, axis=2)))
+        self._presents.append((f"present.{layer.index}.value", op.TensorScatter(caches[1], value, axis=2)))
 
-def _enter(
-    build: GraphBuilder, decoder: Decoder, layer: int, stream: ir.Value, position_ids: ir.Value, weights: dict[str, ir.Value], scope: str
-) -> Instance:
-    """The decoder entered at ``layer`` with ``stream[B, n, D]``: lengths, reshapes and rotary tables follow the new inputs."""
-    bound = {decoder.inputs_embeds: stream, decoder.position_ids: position_ids, decoder.layers[layer].residual: stream}
-    return Instance(build, decoder.model.graph, scope=scope, bound=bound, weights=weights)
-
-
-def _attend_causally(build: GraphBuilder, segment: Instance, layer: Layer, cache: tuple[ir.Value, ir.Value]) -> list[tuple[str, ir.Value]]:
-    """Causal attention over the fresh keys and values, which are also written to rows 0..n-1 of the caches."""
-    op = build.op
-    query, key, value = segment.get(layer.q_rotary), segment.get(layer.k_rotary), segment.get(layer.v)
-    attended = op.Attention(query, key, value, is_causal=1, scale=layer.scale, softmax_precision=int(ir.DataType.FLOAT))
-    segment.bind(layer.attended, attended)
-    return [
-        (f"present.{layer.index}.key", op.TensorScatter(cache[0], key, axis=2)),
-        (f"present.{layer.index}.value", op.TensorScatter(cache[1], value, axis=2)),
-    ]
-
-
-def _cut(
-    build: GraphBuilder,
-    decoder: Decoder,
-    cutting: Cutting,
-    number: int,
-    segment: Instance,
-    rows: Rows,
-    embeds: ir.Value,
-    grid: tuple[int, int],
-    start: int,
-    compact: bool,
-) -> tuple[Rows, ir.Value, ir.Value]:
-    taps = {tap: _tap(segment, decoder, tap, start) for tap in cutting.selector.taps(cutting.layer, decoder.depth)}
-    geometry = StageGeometry(
-        layer=cutting.layer,
-        depth=decoder.depth,
-        batch=rows.batch,
-        sequence=rows.length,
-        visual=rows.visual,
-        keep=cutting.keep,
-        heads=decoder.heads,
-        kv_heads=decoder.kv_heads,
-        head_size=decoder.head_size,
-        attention_scale=decoder.layers[cutting.layer].scale,
-        grid=grid,
-    )
-    inputs = StageInputs(
-        geometry=geometry,
-        visual_index=rows.visual_index,
-        original_index=rows.original_visual,
-        text=rows.text,
-        all_text=rows.all_text,
-        inputs_embeds=embeds,
-        taps=taps,
-        carried=rows.carried,
-    )
-    build.push_module(f"select.{number}", cutting.selector.name)
-    selection = cutting.selector.select(build, inputs)
-    _name_value(build, selection.scores, f"stage.{number}.scores")
-    order = _name_value(build, selection.order, f"stage.{number}.order")
-    cut = cut_rows(build, rows, order, cutting.keep, compact=compact, carried=selection.carried)
-    build.pop_module()
-    return cut.rows, cut.source, cut.kept_index
-
-
-def _tap(segment: Instance, decoder: Decoder, tap: Tap, start: int) -> ir.Value:
-    if tap.layer < start:
-        raise PlanError(f"a selector reads {tap.kind} of layer {tap.layer}, which runs before the previous cut at layer {start}: use a carry")
-    value: ir.Value = getattr(decoder.layers[tap.layer], tap.kind)
-    return segment.get(value)
+    def finish(self) -> ir.Model:
+        """Logits of the last real row, and all outputs."""
+        build, op = self._build, self._build.op
+        dropped = self._profile.sequence - self._rows.length
+        last = op.Sub(op.ReduceSum(self._attention_mask, [1], keepdims=1), dropped + 1)  # [B, 1] row of the last real token
+        hidden = gather_rows(build, self._segment.get(self._decoder.layers[-1].residual_out), last)  # [B, 1, D]
+        logits = emit_logits(build, self._decoder, hidden, self._weights)
+        for name, value in [("logits", logits), *self._presents, *self._kept]:
+            add_named_output(build, value, name)
+        return ir.Model(build.graph, ir_version=11, producer_name="sievert")
 
 
 def add_cache_inputs(build: GraphBuilder, decoder: Decoder, index: int, batch: int, capacity: int) -> tuple[ir.Value, ir.Value]:
@@ -195,4 +193,3 @@ def _name_value(build: GraphBuilder, value: ir.Value, name: str) -> ir.Value:
 def add_named_output(build: GraphBuilder, value: ir.Value, name: str) -> None:
     """Make ``value`` the graph output ``name``."""
     build.add_output(build.op.Identity(value) if value.is_graph_input() or value.is_graph_output() else value, name)
-

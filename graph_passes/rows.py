@@ -16,9 +16,10 @@ from onnxscript import GraphBuilder
 class Rows:
     """The sequence that enters a stage. ``length`` is S, ``visual`` is Nv; all values are int64 or bool.
 
-    ``visual_index[B, Nv]`` ascending rows of this sequence, ``original_visual[B, Nv]`` the same tokens counted among the model's visual
-    tokens, ``original_row[B, S]`` rows of the unpruned sequence, ``position_ids[B, S]``, ``is_visual[B, S]``, ``text[B, S]`` real text after
-    the first visual token, ``all_text[B, S]`` all real text; ``carried`` float32 values ``[B, S]`` that selectors left.
+    ``visual_index[B, Nv]`` ascending rows of this sequence, ``original_visual[B, Nv]`` the same tokens counted among the
+    model's visual tokens, ``original_row[B, S]`` rows of the unpruned sequence, ``position_ids[B, S]``, ``is_visual[B, S]``,
+    ``text[B, S]`` real text after the first visual token, ``all_text[B, S]`` all real text; ``carried`` float32 values
+    ``[B, S]`` that selectors left.
     """
 
     batch: int
@@ -101,7 +102,8 @@ def cut_rows(build: GraphBuilder, rows: Rows, order: ir.Value, keep: int, *, com
 
 def gather_rows(build: GraphBuilder, stream: ir.Value, source: ir.Value) -> ir.Value:
     """Rows ``source[B, S']`` of ``stream[B, S, D]``: [B, S', D]."""
-    return build.op.GatherND(stream, build.op.Unsqueeze(source, [2]), batch_dims=1)
+    rows: ir.Value = build.op.GatherND(stream, build.op.Unsqueeze(source, [2]), batch_dims=1)
+    return rows
 
 
 def _order_kept_first(build: GraphBuilder, flags: ir.Value, shape: tuple[int, int], count: int) -> tuple[ir.Value, ir.Value]:
@@ -121,15 +123,18 @@ def _order_kept_first(build: GraphBuilder, flags: ir.Value, shape: tuple[int, in
 
 def _scatter_ones(build: GraphBuilder, data: ir.Value, index: ir.Value, shape: tuple[int, int]) -> ir.Value:
     """``data[B, n]`` int64 with ones at the columns ``index`` of ``shape``."""
-    return build.op.ScatterElements(data, index, build.op.Expand([1], list(shape)), axis=1)
+    marked: ir.Value = build.op.ScatterElements(data, index, build.op.Expand([1], list(shape)), axis=1)
+    return marked
 
 
 def _gather_flags(build: GraphBuilder, flags: ir.Value, source: ir.Value) -> ir.Value:
     # Through int64: full TensorRT documents no GatherElements of booleans.
     op = build.op
-    return op.Greater(op.GatherElements(op.Cast(flags, to=ir.DataType.INT64), source, axis=1), 0)
+    gathered: ir.Value = op.Greater(op.GatherElements(op.Cast(flags, to=ir.DataType.INT64), source, axis=1), 0)
+    return gathered
 
 
 def _make_counter(build: GraphBuilder, length: int) -> ir.Value:
     """0..n-1 as ``[1, n]`` int64."""
-    return build.op.Unsqueeze(build.op.Range(0, length, 1), [0])
+    counter: ir.Value = build.op.Unsqueeze(build.op.Range(0, length, 1), [0])
+    return counter

@@ -1,0 +1,49 @@
+"""Fix every length of a dynamic graph: pruning by nothing, and the way the vision encoder and the embedding become static."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import onnx_ir as ir
+from onnxscript import GraphBuilder
+
+from sievert.bundle.errors import GraphError
+from sievert.graph_passes.finish import FixShapes
+from sievert.graph_passes.instance import Instance
+from sievert.graph_passes.prefill import add_named_output
+
+
+def specialise(model: ir.Model, shapes: Mapping[str, Sequence[int]]) -> ir.Model:
+    """A copy of ``model`` whose inputs have the given shapes and whose inner shapes are all numbers.
+
+    Before::
+
+        pixel_values[batch, 3, 336, 336] -> ... -> image_features[batch, 576, D]
+
+    After::
+
+        pixel_values[2, 3, 336, 336] -> ... -> image_features[2, 576, D]
+
+    Raises:
+        GraphError: an input without a shape in ``shapes``, a fixed axis that differs, or a shape that stays unknown.
+    """
+    source = model.graph
+    graph = ir.Graph([], [], nodes=[], opset_imports={"": 24}, name=source.name)
+    build = GraphBuilder(graph)
+    bound = {}
+    for value in source.inputs:
+        name = str(value.name)
+        if name not in shapes:
+            raise GraphError(f"no shape given for input {name!r} of {source.name}; expected one for each of its inputs")
+        wanted, declared = tuple(shapes[name]), value.shape
+        if declared is None or len(declared) != len(wanted):
+            raise GraphError(f"input {name!r} of {source.name} has shape {declared}, not {len(wanted)} axes")
+        for axis, size in enumerate(declared):
+            if isinstance(size, int) and size != wanted[axis]:
+                raise GraphError(f"axis {axis} of input {name!r} of {source.name} is fixed to {size}, asked for {wanted[axis]}")
+        bound[value] = build.input(name, value.dtype, list(wanted))
+    whole = Instance(build, source, scope="static", bound=bound, weights={})
+    for value in source.outputs:
+        add_named_output(build, whole.get(value), str(value.name))
+    fixed = ir.Model(graph, ir_version=model.ir_version, producer_name="sievert")
+    return FixShapes()(fixed).model

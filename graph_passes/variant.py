@@ -1,0 +1,60 @@
+"""The static graphs of one variant, from the dynamic graphs of a bundle: values in, values out, no disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Final
+
+import onnx_ir as ir
+
+from sievert.bundle.plan import Plan
+from sievert.bundle.profile import Profile
+from sievert.bundle.specs import Geometry
+from sievert.graph_passes.causal import prove_causal
+from sievert.graph_passes.decode import build_decode
+from sievert.graph_passes.decoder import find_decoder
+from sievert.graph_passes.finish import FixShapes
+from sievert.graph_passes.prefill import Cutting, build_prefill
+from sievert.graph_passes.selectors import registry
+from sievert.graph_passes.specialise import specialise
+
+GRAPHS: Final = ("vision_encoder", "embed_tokens", "prefill", "decode")
+
+Progress = Callable[[str], None]
+
+
+def make_variant(
+    dynamic: Mapping[str, ir.Model], geometry: Geometry, plan: Plan, profile: Profile, *, progress: Progress = lambda _: None
+) -> dict[str, ir.Model]:
+    """Specialise, splice and finish: the four static graphs of the contract, weights still where the dynamic graphs have them.
+
+    An empty plan gives the unpruned baseline. ``progress`` is told each stage's name before it runs.
+
+    Raises:
+        PlanError, ProfileError: the plan or profile does not fit the model.
+        GraphError: the decoder's structure is not one the passes know, or it is not causal at the profile's length.
+    """
+    profile.check(geometry)
+    plan.check(geometry)
+    cuttings = [Cutting(registry.make(stage.selector, stage.options), stage.layer, stage.keep) for stage in plan.stages]
+    progress("reading the decoder")
+    decoder = find_decoder(dynamic["decoder"])
+    prove_causal(decoder, profile.capacity())
+    batch, length = profile.batch, profile.sequence
+    features = (batch, profile.visual_tokens, geometry.width)
+    progress("vision_encoder")
+    graphs = {
+        "vision_encoder": specialise(
+            dynamic["vision_encoder"], {"pixel_values": (batch, geometry.channels, geometry.image_height, geometry.image_width)}
+        )
+    }
+    progress("embed_tokens")
+    graphs["embed_tokens"] = specialise(
+        dynamic["embed_tokens"],
+        {"input_ids": (batch, length), "image_features": features, "visual_index": (batch, profile.visual_tokens)},
+    )
+    progress("prefill")
+    graphs["prefill"] = FixShapes()(build_prefill(decoder, profile, plan, cuttings, geometry.grid)).model
+    progress("decode")
+    graphs["decode"] = FixShapes()(build_decode(decoder, dynamic["embed_tokens"], profile, plan)).model
+    return graphs
