@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import numpy as np
 from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 
 class Record(BaseModel):
@@ -17,6 +24,21 @@ class TensorSpec(Record):
     name: str
     dtype: str
     shape: tuple[int | str, ...]
+
+
+def describe_values(values: Iterable[ir.Value]) -> tuple[TensorSpec, ...]:
+    """Specs of a graph's inputs or outputs; symbolic axes keep their names.
+
+    Raises:
+        ValueError: a value without a name, dtype or shape.
+    """
+    specs = []
+    for value in values:
+        if not value.name or value.dtype is None or value.shape is None:
+            raise ValueError(f"{value.name!r} has dtype {value.dtype} and shape {value.shape}: a graph's interface needs both")
+        shape = tuple(axis if isinstance(axis, int) else str(axis.value) for axis in value.shape)
+        specs.append(TensorSpec(name=value.name, dtype=np.dtype(value.dtype.numpy()).name, shape=shape))
+    return tuple(specs)
 
 
 class Geometry(Record):

@@ -125,7 +125,7 @@ def find_decoder(model: ir.Model) -> Decoder:
 
 def _find_layer(attention: ir.Node, index: int) -> Layer:
     _confirm_scope(attention, index)
-    q_rotary, key, value, *rest = [v for v in attention.inputs]
+    q_rotary, key, value, *rest = list(attention.inputs)
     mask = rest[0] if rest else None
     if any(extra is not None for extra in rest[1:]) or len(attention.outputs) != 1:
         raise GraphError(f"layer {index}: {_where(attention)} has a cache inside the operator; expected fresh keys and values only")

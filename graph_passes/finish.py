@@ -33,6 +33,7 @@ class FixShapes(ir.passes.InPlacePass):
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Fold and deduplicate in place; ``modified`` when a node went away."""
         before = model.graph.num_nodes()
         # Folding proceeds in rounds: a folded shape may make the next shape known.
         optimizer.optimize_ir(
@@ -49,6 +50,11 @@ class FixShapes(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified=model.graph.num_nodes() != before)
 
     def ensures(self, model: ir.Model) -> None:
+        """No symbolic size is left.
+
+        Raises:
+            GraphError: a value whose shape is not all numbers; the message names it.
+        """
         for node in model.graph:
             for value in node.outputs:
                 if value.shape is not None and value.shape.is_dynamic():

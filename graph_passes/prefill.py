@@ -62,10 +62,8 @@ class _Splice:
         position_ids = build.input("position_ids", ir.DataType.INT64, [batch, length])
         self._attention_mask = build.input("attention_mask", ir.DataType.INT64, [batch, length])
         visual_index = build.input("visual_index", ir.DataType.INT64, [batch, visual])
-        self._caches = [
-            add_cache_inputs(build, decoder, index, batch, profile.capacity(plan.dropped_at(index, visual)))
-            for index in range(decoder.depth)
-        ]
+        dropped = [plan.dropped_at(index, visual) for index in range(decoder.depth)]
+        self._caches = [add_cache_inputs(build, decoder, index, batch, profile.capacity(lost)) for index, lost in enumerate(dropped)]
         self._weights: dict[str, ir.Value] = {}
         self._presents: list[tuple[str, ir.Value]] = []
         self._kept: list[tuple[str, ir.Value]] = []
@@ -118,6 +116,7 @@ class _Splice:
             head_size=decoder.head_size,
             attention_scale=decoder.layers[cutting.layer].scale,
             grid=self._grid,
+            original_visual=self._profile.visual_tokens,
         )
         return StageInputs(
             geometry=geometry,

@@ -45,7 +45,10 @@ class Carry:
 
 @dataclass(frozen=True)
 class StageGeometry:
-    """Static numbers of one stage. ``sequence`` (S) and ``visual`` (Nv) are what *enters* it; ``keep`` (K) what it leaves."""
+    """Static numbers of one stage. ``sequence`` (S) and ``visual`` (Nv) are what *enters* it; ``keep`` (K) what it leaves.
+
+    ``original_visual`` is the model's number of visual tokens before any cut; 0 says that nothing was cut before this stage.
+    """
 
     layer: int
     depth: int
@@ -58,6 +61,7 @@ class StageGeometry:
     head_size: int
     attention_scale: float
     grid: tuple[int, int]
+    original_visual: int = 0
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,8 @@ class StageInputs:
 @dataclass(frozen=True)
 class Selection:
     """``order[B, K]`` int64: places 0..Nv-1 among the stage's visual tokens, in the order they were taken (no duplicates);
-    ``scores[B, Nv]`` float32: the score the first choice was made by; ``carried``: values ``[B, S]`` for later stages."""
+    ``scores[B, Nv]`` float32: the score the first choice was made by; ``carried``: values ``[B, S]`` for later stages.
+    """
 
     order: ir.Value
     scores: ir.Value
@@ -95,7 +100,9 @@ class Selector(Protocol):
     """One selector with its options; a frozen dataclass whose fields are the options (``options()`` of the registry)."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Its name in the registry."""
+        ...
 
     def taps(self, layer: int, depth: int) -> tuple[Tap, ...]:
         """Which tensors to hand over, for a cut before ``layer`` of ``depth``."""

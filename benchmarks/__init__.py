@@ -1,0 +1,1 @@
+"""Measurements anyone can run; nothing here is installed or asserted on."""

@@ -1,0 +1,152 @@
+"""A new bundle: written in a folder beside its place, then moved there in one rename."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from sievert.bundle.errors import BundleError, SievertError
+from sievert.bundle.files import exchange, locked, plain_status, sha256_file, sync, write_new
+from sievert.bundle.integrity import check_bundle, parse_manifest, read_manifest
+from sievert.bundle.manifest import FileEntry, Manifest
+from sievert.bundle.names import LOCK, MANIFEST, check_name, is_ours, temporary_name
+from sievert.bundle.writer import FolderWriter, history_line, render, writing
+
+logger = logging.getLogger(__name__)
+
+
+class NewBundle(FolderWriter):
+    """What the body of ``with Bundle.create(path) as new`` works with.
+
+    ``new.path`` is the temporary folder. Files may be written there under plain names of their own (config, tokenizer, processor);
+    :meth:`finish` lists them. Weights and graphs go through :meth:`add_bytes` and :meth:`add_file`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, {})
+        self.manifest: Manifest | None = None
+
+    def finish(self, manifest: Manifest) -> None:
+        """Set the manifest; its ``files`` and ``history`` are filled in when the bundle is closed."""
+        self.manifest = manifest
+
+    def listed(self) -> dict[str, FileEntry]:
+        """Every file of the folder with its hash, on the disk.
+
+        Raises:
+            BundleError: a folder inside, which a bundle cannot hold.
+            IntegrityError: a link, or a name a manifest may not hold.
+        """
+        self.discard_temporary()
+        files = dict(self.added)
+        for path in sorted(self.path.iterdir()):
+            if path.name in files or path.name == LOCK:
+                continue
+            if path.is_dir() and not path.is_symlink():
+                raise BundleError(f"the checkpoint's files include a folder {path.name!r}, but a bundle is one flat folder")
+            check_name(path.name, where="the checkpoint")
+            size = plain_status(path).st_size
+            sync(path)
+            files[path.name] = FileEntry(bytes=size, sha256=sha256_file(path))
+        return files
+
+
+@contextlib.contextmanager
+def create_bundle(path: Path, *, force: bool, command: str) -> Iterator[NewBundle]:
+    """Give the body a temporary folder beside ``path``; move it to ``path`` when the body has ended well.
+
+    Raises:
+        BundleError: something stands at ``path`` that may not be replaced, or the folder cannot be written.
+    """
+    target = path.resolve()
+    check_place(target, force=force)
+    folder = target.parent / f".{target.name}{temporary_name()}"
+    start = time.monotonic()
+    try:
+        with contextlib.ExitStack() as held, writing(folder):
+            with writing(folder, everywhere=True):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                _sweep_siblings(target)
+                folder.mkdir()
+                held.enter_context(locked(folder, command))
+            new = NewBundle(folder)
+            yield new
+            if new.manifest is None:
+                raise BundleError(f"{command!r} ended without a manifest: call finish")
+            manifest = new.manifest.model_copy(
+                update={"files": new.listed(), "history": (*new.manifest.history, history_line(command, time.monotonic() - start))}
+            )
+            data = render(manifest)
+            check_bundle(folder, parse_manifest(data, folder / MANIFEST), full=False)
+            write_new(folder / MANIFEST, data)
+            with writing(target, everywhere=True):
+                sync(folder)
+                _move(folder, target, force=force)
+                sync(target.parent)
+    finally:
+        # Before the move this is the unfinished bundle, after an exchange the one that was replaced.
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_place(target: Path, *, force: bool) -> None:
+    """Refuse a place that is taken.
+
+    Raises:
+        BundleError: a file, a folder of something else, a bundle without ``force``, or a bundle with files that are not its own.
+    """
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise BundleError(f"{target} is a file: choose a path that does not exist yet")
+    names = {entry.name for entry in target.iterdir()}
+    if not names:
+        return
+    if MANIFEST not in names:
+        raise BundleError(f"{target} is a folder that holds other files and no bundle: choose a path that does not exist yet")
+    if not force:
+        raise BundleError(f"{target} already holds a bundle: choose another path, or replace it with --force")
+    try:
+        own = {MANIFEST, LOCK, *read_manifest(target).files}
+    except SievertError as error:
+        raise BundleError(f"{target} holds an unreadable bundle, which is not replaced: remove the folder yourself ({error})") from error
+    foreign = sorted(name for name in names - own if not is_ours(name))
+    if foreign:
+        raise BundleError(f"{target} holds files that are not the bundle's ({', '.join(foreign[:5])}): move them away and repeat")
+
+
+def _move(folder: Path, target: Path, *, force: bool) -> None:
+    check_place(target, force=force)  # again: the export took its time
+    if not (target / MANIFEST).exists():
+        folder.rename(target)
+        return
+    with locked(target, "replaced by an export"):
+        if exchange(folder, target):
+            return
+        # Without the system call there is an instant with nothing at the place; the old bundle then stands beside it.
+        # No name of a temporary folder: after a kill in that instant it is the only copy, and must not be swept.
+        old = target.with_name(f"{target.name}.replaced-{secrets.token_hex(4)}")
+        target.rename(old)
+        try:
+            folder.rename(target)
+        except BaseException:
+            old.rename(target)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _sweep_siblings(target: Path) -> None:
+    """Remove what killed exports to the same place left beside it; one that still runs holds its lock and is left alone."""
+    pattern = re.compile(re.escape(f".{target.name}") + r"\.sievert-tmp-[0-9a-f]{16}")
+    for path in sorted(target.parent.iterdir()):
+        if pattern.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+            try:
+                with locked(path, "sweep"):
+                    shutil.rmtree(path)
+            except (BundleError, OSError) as error:
+                logger.info("left %s: %s", path, error)
