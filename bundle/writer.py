@@ -108,7 +108,7 @@ def writing(folder: Path, *, everywhere: bool = False) -> Iterator[None]:
 
 def render(manifest: Manifest) -> bytes:
     """The manifest as it stands on disk: the same bytes for the same content."""
-    text = json.dumps(manifest.model_dump(mode="json"), sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(manifest.model_dump(mode="json", warnings=False), sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
     return (text + "\n").encode()
 
 

@@ -19,7 +19,7 @@ from sievert.bundle.plan import Plan
 from sievert.bundle.profile import Profile
 from sievert.graph_passes.decoder import Decoder, Layer
 from sievert.graph_passes.instance import Instance
-from sievert.graph_passes.prefill import add_cache_inputs, add_named_output, emit_logits
+from sievert.graph_passes.prefill import add_cache_inputs, add_named_output, emit_logits, enter_decoder
 
 
 def build_decode(decoder: Decoder, embed_tokens: ir.Model, profile: Profile, plan: Plan) -> ir.Model:
@@ -45,8 +45,7 @@ def build_decode(decoder: Decoder, embed_tokens: ir.Model, profile: Profile, pla
             row = op.Sub(cache_row, lost) if lost else cache_row
             mask = _mask_rows(build, row, profile.capacity(lost))
             positions = op.Sub(position_ids, lost) if lost and plan.positions == "compact" else position_ids
-            bound = {decoder.inputs_embeds: stream, decoder.position_ids: positions, layer.residual: stream}
-            segment = Instance(build, decoder.model.graph, scope=f"decode.{layer.index}", bound=bound, weights=weights)
+            segment = enter_decoder(build, decoder, layer.index, stream, positions, scope=f"decode.{layer.index}", weights=weights)
         presents += _attend_to_cache(build, segment, layer, caches[layer.index], row, mask)
     if segment is None:
         raise GraphError("the decoder has no layers")

@@ -7,7 +7,13 @@ from dataclasses import dataclass
 from typing import Final
 
 import onnx_ir as ir
-from onnx_ir.passes.common import CommonSubexpressionEliminationPass, TopologicalSortPass
+from onnx_ir.passes.common import (
+    CommonSubexpressionEliminationPass,
+    IdentityEliminationPass,
+    LiftConstantsToInitializersPass,
+    RemoveUnusedNodesPass,
+    TopologicalSortPass,
+)
 from onnxscript import optimizer
 
 from sievert.bundle.errors import GraphError
@@ -17,6 +23,16 @@ logger = logging.getLogger(__name__)
 # Folding below this many elements; a folded constant stays far under 1 MiB, and weights are never touched.
 _FOLD_ELEMENTS: Final = 8192
 LARGEST_CONSTANT_BYTES: Final = 1 << 20
+NAMED: Final = "stage."
+"""Inner values whose name starts so are part of the interface: `expose` makes outputs of them."""
+_ROUNDS: Final = 8
+_CLEAN_UP: Final = ir.passes.Sequential(
+    IdentityEliminationPass(),
+    RemoveUnusedNodesPass(),
+    LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+    CommonSubexpressionEliminationPass(),
+    TopologicalSortPass(),
+)
 
 
 @dataclass(frozen=True)
@@ -33,21 +49,26 @@ class FixShapes(ir.passes.InPlacePass):
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Fold and deduplicate in place; ``modified`` when a node went away."""
-        before = model.graph.num_nodes()
+        """Fold, clean up and deduplicate in place."""
+        # Named values may be mere aliases (at layer 0, of an input): as outputs they outlive the clean-up.
+        named = [value for node in model.graph for value in node.outputs if str(value.name).startswith(NAMED)]
+        model.graph.outputs.extend(named)
+        modified = False
         # Folding proceeds in rounds: a folded shape may make the next shape known.
-        optimizer.optimize_ir(
-            model,
-            num_iterations=4,
-            input_size_limit=_FOLD_ELEMENTS,
-            output_size_limit=_FOLD_ELEMENTS,
-            should_fold=_should_fold,
-            inline=False,
-        )
-        CommonSubexpressionEliminationPass()(model)
-        TopologicalSortPass()(model)
-        model.graph.opset_imports[""] = 24
-        return ir.passes.PassResult(model, modified=model.graph.num_nodes() != before)
+        for _ in range(_ROUNDS):
+            folded = optimizer.fold_constants_ir(
+                model,
+                onnx_shape_inference=True,
+                input_size_limit=_FOLD_ELEMENTS,
+                output_size_limit=_FOLD_ELEMENTS,
+                should_fold=_should_fold,
+            )
+            if not folded.modified:
+                break
+            modified = True
+        modified = _CLEAN_UP(model).modified or modified
+        del model.graph.outputs[len(model.graph.outputs) - len(named) :]
+        return ir.passes.PassResult(model, modified=modified)
 
     def ensures(self, model: ir.Model) -> None:
         """No symbolic size is left.

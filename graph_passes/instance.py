@@ -6,27 +6,38 @@ asks for the values it needs; only nodes between the two are copied. Weights are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import onnx_ir as ir
 from onnxscript import GraphBuilder
 
 from sievert.bundle.errors import GraphError
 
-Refusal = Callable[[ir.Value], str | None]
-
 
 class Instance:
     """One use of ``source`` inside the builder's graph; copied values are named under ``scope``."""
 
     def __init__(
-        self, build: GraphBuilder, source: ir.Graph, *, scope: str, bound: Mapping[ir.Value, ir.Value], weights: dict[str, ir.Value]
+        self,
+        build: GraphBuilder,
+        source: ir.Graph,
+        *,
+        scope: str,
+        bound: Mapping[ir.Value, ir.Value],
+        weights: dict[str, ir.Value],
+        shapes: Mapping[ir.Value, ir.Value] = MappingProxyType({}),
     ) -> None:
-        """``weights`` maps initialiser names to values already in the builder's graph; it is shared by all instances of a graph."""
+        """``weights`` maps initialiser names to values already in the builder's graph; it is shared by all instances of a graph.
+
+        ``shapes`` maps inputs of the source whose *shape* alone may be read (an exporter takes a length from any input that has it) to
+        values of that shape; reading their content is refused.
+        """
         self._build = build
         self._source = source
         self._scope = scope
         self._values: dict[ir.Value, ir.Value] = dict(bound)
+        self._shapes = shapes
         self._weights = weights
 
     def bind(self, source: ir.Value, value: ir.Value) -> None:
@@ -51,12 +62,15 @@ class Instance:
             if node is None:
                 self._values[value] = self._leaf(value)
                 continue
-            missing = [v for v in node.inputs if v is not None and v not in self._values]
+            missing = [v for v in node.inputs if v is not None and v not in self._values and not self._is_measured(node, v)]
             if missing:
                 stack.extend(missing)
             else:
                 self._copy(node)
         return self._values[wanted]
+
+    def _is_measured(self, node: ir.Node, value: ir.Value) -> bool:
+        return node.op_type == "Shape" and value in self._shapes
 
     def _leaf(self, value: ir.Value) -> ir.Value:
         if value.const_value is None:
@@ -71,7 +85,7 @@ class Instance:
         copy = ir.Node(
             node.domain,
             node.op_type,
-            [None if value is None else self._values[value] for value in node.inputs],
+            [None if value is None else (self._shapes if self._is_measured(node, value) else self._values)[value] for value in node.inputs],
             attributes=node.attributes.values(),
             outputs=outputs,
             name=f"{self._scope}.{node.name}",

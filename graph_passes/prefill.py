@@ -81,10 +81,9 @@ class _Splice:
         self._enter(0, self._embeds, "front")
 
     def _enter(self, layer: int, stream: ir.Value, scope: str) -> None:
-        """Enter the decoder at ``layer`` with ``stream[B, n, D]``: lengths, reshapes and rotary tables follow the new inputs."""
+        """Go on from ``layer`` with ``stream[B, n, D]``."""
         decoder, self._start = self._decoder, layer
-        bound = {decoder.inputs_embeds: stream, decoder.position_ids: self._rows.position_ids, decoder.layers[layer].residual: stream}
-        self._segment = Instance(self._build, decoder.model.graph, scope=scope, bound=bound, weights=self._weights)
+        self._segment = enter_decoder(self._build, decoder, layer, stream, self._rows.position_ids, scope=scope, weights=self._weights)
 
     def cut(self, layer: Layer, number: int, cutting: Cutting) -> None:
         """Let the selector rank the visual tokens before ``layer``, and go on with the kept rows."""
@@ -158,6 +157,22 @@ class _Splice:
         for name, value in [("logits", logits), *self._presents, *self._kept]:
             add_named_output(build, value, name)
         return ir.Model(build.graph, ir_version=11, producer_name="sievert")
+
+
+def enter_decoder(
+    build: GraphBuilder,
+    decoder: Decoder,
+    layer: int,
+    stream: ir.Value,
+    position_ids: ir.Value,
+    *,
+    scope: str,
+    weights: dict[str, ir.Value],
+) -> Instance:
+    """The decoder entered at ``layer`` with ``stream[B, n, D]`` and ``position_ids[B, n]``: lengths and rotary tables follow these."""
+    bound = {decoder.inputs_embeds: stream, decoder.position_ids: position_ids, decoder.layers[layer].residual: stream}
+    shapes = {decoder.attention_mask: position_ids}
+    return Instance(build, decoder.model.graph, scope=scope, bound=bound, weights=weights, shapes=shapes)
 
 
 def add_cache_inputs(build: GraphBuilder, decoder: Decoder, index: int, batch: int, capacity: int) -> tuple[ir.Value, ir.Value]:

@@ -47,7 +47,7 @@ class Carry:
 class StageGeometry:
     """Static numbers of one stage. ``sequence`` (S) and ``visual`` (Nv) are what *enters* it; ``keep`` (K) what it leaves.
 
-    ``original_visual`` is the model's number of visual tokens before any cut; 0 says that nothing was cut before this stage.
+    ``original_visual`` is the model's number of visual tokens, before any cut.
     """
 
     layer: int
@@ -61,7 +61,7 @@ class StageGeometry:
     head_size: int
     attention_scale: float
     grid: tuple[int, int]
-    original_visual: int = 0
+    original_visual: int
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,8 @@ class Iwp:
         if self.scaling == "max":
             return op.Div(scores, op.Max(top, TINY))
         bottom = op.ReduceMin(scores, [1], keepdims=1)
-        return op.Div(op.Sub(scores, bottom), op.Max(op.Sub(top, bottom), op.Mul(top, 1e-12), TINY))
+        # The method guards with 1e-12 * max, which is below float32 resolution: two scores are equal or differ by more.
+        return op.Div(op.Sub(scores, bottom), op.Max(op.Sub(top, bottom), TINY))
 
     def _take_chunks(self, build: GraphBuilder, g: StageGeometry, scores: ir.Value, points: ir.Value, columns: ir.Value) -> ir.Value:
         """Chunk by chunk the best that are left, each chunk penalising what resembles it: order [B, K]."""

@@ -36,9 +36,8 @@ class Random:
     def select(self, build: GraphBuilder, inputs: StageInputs) -> Selection:
         """Scores are the number of visual tokens before any cut, minus the token's rank in the permutation (counted from 0)."""
         op, g = build.op, inputs.geometry
-        original = g.original_visual or g.visual
-        scores = np.empty(original, np.float32)
-        scores[np.random.default_rng(self.seed).permutation(original)] = np.arange(original, 0, -1)
+        scores = np.empty(g.original_visual, np.float32)
+        scores[np.random.default_rng(self.seed).permutation(g.original_visual)] = np.arange(g.original_visual, 0, -1)
         table = build.initializer(ir.tensor(scores), name="permutation_scores")
         left = op.Gather(table, inputs.original_index, axis=0)  # [B, Nv]
         return Selection(take_best(op, left, g.keep), left, {})

@@ -22,9 +22,7 @@ def build_cuts(batch: int, length: int, visual: int, keeps: list[int], compact: 
     positions = build.input("position_ids", integer, [batch, length])
     stream = build.input("stream", ir.DataType.FLOAT, [batch, length, 3])
     orders = [build.input(f"order.{stage}", integer, [batch, keep]) for stage, keep in enumerate(keeps)]
-    rows = describe_rows(
-        build, batch=batch, length=length, visual=visual, attention_mask=mask, visual_index=index, position_ids=positions
-    )
+    rows = describe_rows(build, batch=batch, length=length, visual=visual, attention_mask=mask, visual_index=index, position_ids=positions)
     build.add_output(build.op.Identity(rows.text), "text")
     build.add_output(build.op.Identity(rows.all_text), "all_text")
     carried = build.op.Mul(build.op.Cast(positions, to=ir.DataType.FLOAT), 0.5)

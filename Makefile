@@ -1,0 +1,60 @@
+# `make demo` and `make test` are the two commands of the README. Each makes its own environment in .venv first.
+#
+# pip takes everything from where it is configured to look. PyTorch's wheel on the default index is the CUDA build (several GB); to take
+# the much smaller CPU build instead, point pip at the index that has it, for example: PIP_EXTRA_INDEX_URL=<index of CPU wheels> make test
+# PYTHON chooses the interpreter (3.11 or newer), VENV the folder of the environment.
+
+PYTHON ?= python3
+VENV ?= .venv
+EXTRAS ?= cpu,tensorrt-rtx,dev
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed.stamp
+
+.PHONY: help demo test lint types links accuracy clean
+
+help:
+	@echo "make demo      export, prune, build, check and ask the shipped model"
+	@echo "make test      run the tests that need no GPU"
+	@echo "make lint      ruff: rules and formatting"
+	@echo "make types     mypy --strict"
+	@echo "make links     refresh what type checkers see, after adding a file to api/"
+	@echo "make accuracy  the accuracy table of the shipped model (long)"
+	@echo "make clean     remove the environment and the caches"
+
+demo: $(STAMP)
+	$(BIN)/python examples/demo.py
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q -m "not gpu and not exhaustive" $(PYTEST_ARGS)
+
+test-all: $(STAMP)
+	$(BIN)/python -m pytest -q -m "not gpu" $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/python -m mypy
+
+# The modules of api/ are the package `sievert` itself, so each has a link of its own beside those of the folders.
+links:
+	find .typing/sievert -type l -delete
+	cd .typing/sievert && ln -s ../../bundle ../../calibration ../../engines ../../exporter ../../graph_passes ../../parity ../../api/*.py ../../api/py.typed .
+
+accuracy: $(STAMP)
+	$(BIN)/python benchmarks/accuracy.py
+
+# PyTorch goes in first: the pin decides its build once, and nothing later can swap it. setuptools comes with it, so that our own
+# build takes the pinned one instead of fetching another.
+# The old environment is removed, so that a package dropped from the constraints does not linger in it.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed, $(PYTHON) is older: make PYTHON=python3.12 ..."; exit 1; }
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch setuptools
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[$(EXTRAS)]"
+	touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist sievert.egg-info

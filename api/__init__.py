@@ -1,0 +1,106 @@
+"""Sievert: vision-language models into engines that drop visual tokens inside the graph, and a verdict that says they still agree.
+
+Everything of the ``sievert`` command is a function here. None of them prints; steps that take long tell a ``progress`` callback
+what they do. Importing this package loads no other library: each function imports what it needs when it is called::
+
+    import sievert
+
+    made = sievert.export("path/to/checkpoint", "my-bundle", cuts=[sievert.Cut(keep="22%")])
+    report = sievert.check(made.path, samples=8)
+    answers = sievert.run(made.path, "photo.png", ["what is this?"], variant="iwp-22")
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from sievert.bundle.errors import (
+    BundleError,
+    CheckpointError,
+    EngineError,
+    EngineUnavailableError,
+    GraphError,
+    ImageError,
+    InputError,
+    IntegrityError,
+    ManifestError,
+    PlanError,
+    ProfileError,
+    PromptError,
+    SievertError,
+    UnsupportedModelError,
+    VariantError,
+)
+
+if TYPE_CHECKING:
+    from sievert.building import build
+    from sievert.checking import check
+    from sievert.diagnosing import doctor
+    from sievert.exporting import export
+    from sievert.inspecting import inspect
+    from sievert.listing import list_engines, list_families, list_selectors
+    from sievert.planning import Cut
+    from sievert.pruning import prune
+    from sievert.running import run
+
+    __version__: str
+
+__all__ = [
+    "BundleError",
+    "CheckpointError",
+    "Cut",
+    "EngineError",
+    "EngineUnavailableError",
+    "GraphError",
+    "ImageError",
+    "InputError",
+    "IntegrityError",
+    "ManifestError",
+    "PlanError",
+    "ProfileError",
+    "PromptError",
+    "SievertError",
+    "UnsupportedModelError",
+    "VariantError",
+    "__version__",
+    "build",
+    "check",
+    "doctor",
+    "export",
+    "inspect",
+    "list_engines",
+    "list_families",
+    "list_selectors",
+    "prune",
+    "run",
+]
+
+# Modules are not named like the functions: importing a module `sievert.export` would put it in the function's place.
+_HOMES = {
+    "Cut": "planning",
+    "build": "building",
+    "check": "checking",
+    "doctor": "diagnosing",
+    "export": "exporting",
+    "inspect": "inspecting",
+    "list_engines": "listing",
+    "list_families": "listing",
+    "list_selectors": "listing",
+    "prune": "pruning",
+    "run": "running",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("sievert")
+    if name in _HOMES:
+        return getattr(import_module(f"sievert.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'sievert' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,129 @@
+"""Arguments and options of the commands, with their help."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+
+class DTypeName(StrEnum):
+    """Floating point type of a bundle."""
+
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+class PositionName(StrEnum):
+    """Which position kept tokens have after a cut."""
+
+    keep = "keep"
+    compact = "compact"
+
+
+_CUT, _SIZE, _SAMPLES, _CHOICE = "What to drop", "Sizes the graphs are made for", "What to compare", "How to answer"
+_AS_FULL = "Default: as full."
+
+BundlePath = Annotated[Path, Argument(metavar="BUNDLE", help="The bundle's folder.", show_default=False)]
+Force = Annotated[bool, Option("--force", help="Replace what has that name.")]
+SomeVariants = Annotated[list[str] | None, Option("--variant", metavar="NAME", help="May be repeated. Default: all.")]
+SomeEngines = Annotated[list[str] | None, Option("--engine", metavar="NAME", help="May be repeated. Default: onnxruntime.")]
+RawPrompt = Annotated[bool, Option("--raw-prompt", help="Prompts are the model's whole input: no chat template.")]
+
+# export
+Model = Annotated[str, Argument(metavar="MODEL", help="A checkpoint's folder, or a hub id (owner/name).", show_default=False)]
+Out = Annotated[str, Argument(metavar="[OUT]", help="Folder to make. Default: NAME-bundle, here.", show_default=False)]
+DType = Annotated[DTypeName, Option("--dtype", help="Floating point type of the graphs.")]
+NoPrune = Annotated[bool, Option("--no-prune", help="Make the unpruned variant only.")]
+MaxText = Annotated[int, Option("--max-text", metavar="N", help="Tokens of a prompt beside the image's.", rich_help_panel=_SIZE)]
+MaxNewTokens = Annotated[int, Option("--max-new-tokens", metavar="N", help="Tokens of an answer.", rich_help_panel=_SIZE)]
+Batch = Annotated[int, Option("--batch", metavar="N", help="Prompts read at once.", rich_help_panel=_SIZE)]
+DecodeBatch = Annotated[
+    int | None, Option("--decode-batch", metavar="N", help="Answers written at once. Default: as --batch.", rich_help_panel=_SIZE)
+]
+
+# export and prune
+Layers = Annotated[
+    list[int] | None,
+    Option("--layer", metavar="L", help="First layer that runs on the kept tokens. Default: depth / 7.", rich_help_panel=_CUT),
+]
+Keeps = Annotated[
+    list[str] | None, Option("--keep", metavar="KEEP", help="A share (22%) or a count (64). Default: 22%.", rich_help_panel=_CUT)
+]
+Selectors = Annotated[
+    list[str] | None, Option("--selector", metavar="NAME", help="What chooses; see `sievert list`. Default: iwp.", rich_help_panel=_CUT)
+]
+SelectorOptions = Annotated[
+    list[str] | None, Option("--option", metavar="KEY=VALUE", help="An option of the selector; may be repeated.", rich_help_panel=_CUT)
+]
+Positions = Annotated[
+    PositionName, Option("--positions", help="Kept tokens keep their positions, or are numbered anew.", rich_help_panel=_CUT)
+]
+VariantName = Annotated[
+    str,
+    Option("--name", metavar="NAME", help="Name of the variant. Default: iwp-22 and the like.", show_default=False, rich_help_panel=_CUT),
+]
+MaxTextAsFull = Annotated[
+    int | None, Option("--max-text", metavar="N", help=f"Tokens of a prompt beside the image's. {_AS_FULL}", rich_help_panel=_SIZE)
+]
+MaxNewTokensAsFull = Annotated[
+    int | None, Option("--max-new-tokens", metavar="N", help=f"Tokens of an answer. {_AS_FULL}", rich_help_panel=_SIZE)
+]
+BatchAsFull = Annotated[int | None, Option("--batch", metavar="N", help=f"Prompts read at once. {_AS_FULL}", rich_help_panel=_SIZE)]
+DecodeBatchAsFull = Annotated[
+    int | None,
+    Option("--decode-batch", metavar="N", help="Answers written at once. Default: as full, or as --batch.", rich_help_panel=_SIZE),
+]
+
+# build
+Capabilities = Annotated[
+    list[str] | None,
+    Option("--capability", metavar="SM89", help="GPU generation to build for; may be repeated. Default: the builder's."),
+]
+
+# check
+BuiltEngines = Annotated[list[str] | None, Option("--engine", metavar="NAME", help="May be repeated. Default: those built.")]
+Samples = Annotated[int, Option("--samples", metavar="N", min=0, help="How many; 0: all lines of --data.", rich_help_panel=_SAMPLES)]
+Data = Annotated[
+    str,
+    Option(
+        "--data",
+        metavar="FILE",
+        help='Lines {"image": "photo.png", "prompt": "what is this?"}. Default: made-up ones.',
+        show_default=False,
+        rich_help_panel=_SAMPLES,
+    ),
+]
+Tokens = Annotated[int | None, Option("--tokens", metavar="N", help="Answer tokens to compare. Default: 8.", rich_help_panel=_SAMPLES)]
+Checkpoint = Annotated[
+    str, Option("--model", metavar="PATH", help="Where the checkpoint is. Default: where the export found it.", show_default=False)
+]
+Strict = Annotated[bool, Option("--strict", help="End with 3 where near ties leave a verdict AMBIGUOUS.")]
+JsonFile = Annotated[Path | None, Option("--json", metavar="FILE", help="Write every number to a file.")]
+
+# run
+ImageFile = Annotated[str, Option("--image", metavar="FILE", help="PNG, JPEG, WEBP, BMP, GIF or TIFF.", show_default=False)]
+Prompts = Annotated[
+    list[str],
+    Option("--prompt", metavar="TEXT", help="A question; may be repeated: the image is looked at once.", show_default=False),
+]
+OneVariant = Annotated[str, Option("--variant", metavar="NAME", help="Default: the only pruned one.", show_default=False)]
+Engine = Annotated[str, Option("--engine", metavar="NAME", help="What runs it.")]
+Limit = Annotated[
+    int | None, Option("--max-new-tokens", metavar="N", help="Default: what the variant has room for.", rich_help_panel=_CHOICE)
+]
+Temperature = Annotated[float, Option("--temperature", help="0 takes the likeliest token.", rich_help_panel=_CHOICE)]
+TopP = Annotated[float, Option("--top-p", help="Draw from the likeliest tokens of this joint probability.", rich_help_panel=_CHOICE)]
+Seed = Annotated[int, Option("--seed", help="The same seed gives the same answer.", rich_help_panel=_CHOICE)]
+KeptFile = Annotated[Path | None, Option("--show-kept", metavar="FILE", help="Draw which patches were kept, as PNG.")]
+
+# inspect
+Verify = Annotated[bool, Option("--verify", help="Hash every file.")]
+Tensors = Annotated[bool, Option("--tensors", help="Name every tensor, and all weights.")]
+
+# all
+Verbose = Annotated[int, Option("--verbose", "-v", count=True, help="Say more; -vv: what the libraries say too.", show_default=False)]
+Debug = Annotated[bool, Option("--debug", help="Show the traceback of an error.")]

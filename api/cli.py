@@ -1,0 +1,144 @@
+"""The ``sievert`` command: its outermost layer, where errors become messages and exit codes.
+
+Exit codes: 0 done (and PASS), 1 a check failed, 2 what was given cannot be used, 3 AMBIGUOUS under ``--strict``, 70 a fault of
+Sievert's own, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import errno
+import sys
+import traceback
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from sievert import SievertError, cli_ask, cli_look, cli_make
+from sievert import arguments as a
+from sievert.console import Screen, configure_output
+
+BAD_INPUT, OWN_FAULT, INTERRUPTED = 2, 70, 130
+_GLOBAL_FLAGS = ("--debug", "-v", "-vv", "--verbose")
+
+
+def examples(*lines: str) -> str:
+    """An epilog of commands, one per line."""
+    return "\n".join(["[bold]Examples[/]", *(f"  [cyan]sievert {line}[/]" for line in lines)])
+
+
+class _Commands(TyperGroup):
+    """Turns exceptions into one message and an exit code, for all commands alike."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Take the global flags wherever they stand: people add ``--debug`` at the end of the line they repeat."""
+        end = args.index("--") if "--" in args else len(args)
+        flags = [arg for arg in args[:end] if arg in _GLOBAL_FLAGS]
+        return super().parse_args(ctx, [*flags, *(arg for place, arg in enumerate(args) if place >= end or arg not in _GLOBAL_FLAGS)])
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        debug = bool(ctx.params.get("debug"))
+        screen = Screen()
+        try:
+            return super().invoke(ctx)
+        except SievertError as error:
+            if debug:
+                raise
+            screen.error(str(error))
+            raise typer.Exit(BAD_INPUT) from error
+        except KeyboardInterrupt as error:
+            screen.error("nothing half-written was left behind; what was finished before stays", kind="interrupted")
+            raise typer.Exit(INTERRUPTED) from error
+        except (typer.Exit, typer.Abort):
+            raise
+        except Exception as error:
+            if _is_click_error(error) or (isinstance(error, OSError) and error.errno == errno.EPIPE):
+                raise
+            traceback.print_exc()
+            screen.error("this is a fault of Sievert's own: please report it with the lines above", kind=type(error).__name__)
+            raise typer.Exit(OWN_FAULT) from error
+
+
+def _is_click_error(error: Exception) -> bool:
+    """Usage errors; typer brings its own copy of click in some versions, so their class is known by name."""
+    return any(parent.__name__ == "ClickException" for parent in type(error).__mro__)
+
+
+app = typer.Typer(
+    name="sievert",
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=examples(
+        "export path/to/llava my-bundle --keep 22%",
+        "check my-bundle",
+        'run my-bundle --image photo.png --prompt "what is this?" --show-kept kept.png',
+    ),
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        import sievert
+
+        Screen().write(f"sievert {sievert.__version__}")
+        raise typer.Exit
+
+
+_Version = Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")]
+
+
+@app.callback()
+def start(verbose: a.Verbose = 0, debug: a.Debug = False, version: _Version = False) -> None:
+    """Turn a vision-language model into engines that drop most visual tokens inside the graph, and prove they still agree with PyTorch."""
+    del debug, version  # read where exceptions end, and by its callback
+    configure_output(verbosity=verbose)
+
+
+app.command(
+    epilog=examples(
+        "export llava-hf/llava-1.5-7b-hf llava --dtype float16 --layer 4 --keep 22%",
+        "export checkpoint my-bundle --keep 22% --engine onnxruntime --engine tensorrt-rtx",
+        "export checkpoint my-bundle --layer 4 --keep 50% --layer 8 --keep 22%",
+        "export checkpoint my-bundle --no-prune",
+    )
+)(cli_make.export)
+app.command(
+    epilog=examples(
+        "prune my-bundle --layer 4 --keep 22% --name iwp-22",
+        "prune my-bundle --keep 64 --selector magnitude",
+        "prune my-bundle --keep 22% --option strength=4 --name strong",
+    )
+)(cli_make.prune)
+app.command(
+    epilog=examples("build my-bundle --engine tensorrt-rtx", "build my-bundle --variant iwp-22 --engine tensorrt-rtx --capability SM89")
+)(cli_make.build)
+app.command(
+    epilog=examples(
+        "check my-bundle",
+        "check my-bundle --variant iwp-22 --data questions.jsonl --samples 64 --strict",
+        "check my-bundle --model path/to/checkpoint --json report.json",
+    )
+)(cli_ask.check)
+app.command(
+    epilog=examples(
+        'run my-bundle --image photo.png --prompt "what is this?"',
+        'run my-bundle --image photo.png --prompt "what is this?" --prompt "how many are there?" --show-kept kept.png',
+        'run my-bundle --variant full --image photo.png --prompt "describe it" --temperature 0.7 --seed 1',
+    )
+)(cli_ask.run)
+app.command(epilog=examples("inspect my-bundle", "inspect my-bundle --verify"))(cli_look.inspect)
+app.command("list", epilog=examples("list"))(cli_look.list_choices)
+app.command(epilog=examples("doctor"))(cli_look.doctor)
+
+
+def main() -> None:
+    """Entry point of the ``sievert`` command."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # an answer in characters the terminal has not is shown, not raised about
+    app()

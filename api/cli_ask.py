@@ -1,0 +1,165 @@
+"""Commands that run engines: check and run."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from sievert import arguments as a
+from sievert.console import Screen
+
+if TYPE_CHECKING:
+    from sievert.running import Answers
+
+
+def check(
+    bundle: a.BundlePath,
+    variant: a.SomeVariants = None,
+    engine: a.BuiltEngines = None,
+    samples: a.Samples = 8,
+    data: a.Data = "",
+    tokens: a.Tokens = None,
+    raw_prompt: a.RawPrompt = False,
+    model: a.Checkpoint = "",
+    strict: a.Strict = False,
+    report: a.JsonFile = None,
+) -> None:
+    """Judge engines against the PyTorch model, stage by stage: PASS, AMBIGUOUS (near ties) or FAIL.
+
+    An engine that this machine cannot execute is NOT RUN; the ONNX files it was built from are judged all the same.
+    """
+    from sievert import tables
+    from sievert.checking import check as judge
+
+    screen = Screen()
+    with screen.progress() as progress:
+        checked = judge(
+            bundle,
+            variants=variant or [],
+            engines=engine or [],
+            samples=samples,
+            data=data,
+            model=model,
+            tokens="auto" if tokens is None else tokens,
+            template=not raw_prompt,
+            progress=progress,
+        )
+    for outcome in checked.outcomes:
+        for each in outcome.reports:
+            if each.samples:
+                screen.show(each.table())
+                screen.show()
+    screen.show(tables.verdict_table(checked))
+    for line in tables.verdict_lines(checked):
+        screen.show(line)
+    if report is not None:
+        _write(report, (json.dumps(checked.to_json(), indent=1, ensure_ascii=False) + "\n").encode())
+        screen.show(f"Every number is in {shlex.quote(str(report))}")
+    if code := checked.exit_code(strict=strict):
+        raise typer.Exit(code)
+    screen.next(f'run {shlex.quote(str(bundle))} --image IMAGE --prompt "QUESTION"')
+
+
+def run(
+    bundle: a.BundlePath,
+    image: a.ImageFile,
+    prompt: a.Prompts,
+    variant: a.OneVariant = "",
+    engine: a.Engine = "onnxruntime",
+    max_new_tokens: a.Limit = None,
+    temperature: a.Temperature = 0.0,
+    top_p: a.TopP = 1.0,
+    seed: a.Seed = 0,
+    raw_prompt: a.RawPrompt = False,
+    show_kept: a.KeptFile = None,
+) -> None:
+    """Ask about an image. Answers go to the standard output, all else to the error output."""
+    from sievert.bundle.errors import InputError
+    from sievert.running import run as ask
+
+    if show_kept is not None and show_kept.suffix.lower() != ".png":
+        raise InputError(f"--show-kept {show_kept}: give a file name that ends in .png")
+    screen = Screen()
+    speaker = _Speaker(screen, prompt)
+    with screen.progress() as progress:
+        found = ask(
+            bundle,
+            image,
+            prompt,
+            variant=variant,
+            engine=engine,
+            max_new_tokens="auto" if max_new_tokens is None else max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            template=not raw_prompt,
+            on_text=speaker.say,
+            progress=progress,
+        )
+    for line in _summary(found):
+        screen.note(f"[dim]{line}[/]")
+    if show_kept is not None:
+        from io import BytesIO
+
+        from sievert.drawing import draw_answers
+
+        drawn = BytesIO()
+        draw_answers(found).save(drawn, "PNG")
+        _write(show_kept, drawn.getvalue())
+        screen.note(f"[dim]What was kept is drawn in {shlex.quote(str(show_kept))}[/]")
+
+
+class _Speaker:
+    """Writes answers as they come, one after the other, even where several are written at once."""
+
+    def __init__(self, screen: Screen, prompts: list[str]) -> None:
+        self._screen = screen
+        self._prompts = prompts
+        self._waiting = [""] * len(prompts)
+        self._complete = [False] * len(prompts)
+        self._current = 0
+        self._begun = False
+
+    def say(self, prompt: int, text: str) -> None:
+        self._waiting[prompt] += text
+        self._complete[prompt] |= not text
+        while self._current < len(self._prompts):
+            now = self._current
+            if not self._begun:
+                if not self._waiting[now] and not self._complete[now]:
+                    return
+                self._begun = True
+                if len(self._prompts) > 1:
+                    self._screen.write(self._prompts[now])
+                self._waiting[now] = self._waiting[now].lstrip()
+            self._screen.write(self._waiting[now], end="")
+            self._waiting[now] = ""
+            if not self._complete[now]:
+                return
+            self._screen.write("")
+            self._current, self._begun = now + 1, False
+
+
+def _summary(found: Answers) -> list[str]:
+    kept = ", ".join(f"{stage.keep} of {found.visual_tokens} visual tokens from layer {stage.layer} on" for stage in found.plan.stages)
+    lines = [f"{found.variant} on {found.engine}: {kept or f'all {found.visual_tokens} visual tokens'}"]
+    first = [answer.seconds[0] for answer in found.answers]
+    tokens = sum(len(answer.tokens) for answer in found.answers)
+    times = " + ".join(f"{seconds * 1000:.0f}" for seconds in first)
+    lines.append(f"image {found.vision_seconds * 1000:.0f} ms, first token {times} ms, {tokens} tokens in all")
+    if cut := [answer.prompt for answer in found.answers if answer.finish == "length"]:
+        lines.append(f"{len(cut)} of {len(found.answers)} answers reached the maximum and stop there")
+    return lines
+
+
+def _write(path: Path, data: bytes) -> None:
+    from sievert.bundle.errors import InputError
+
+    try:
+        path.write_bytes(data)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror or error}): give another place") from error

@@ -1,0 +1,128 @@
+"""Commands that make something: export, prune, build."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from sievert import arguments as a
+from sievert.console import Screen
+
+
+def export(
+    model: a.Model,
+    out: a.Out = "",
+    dtype: a.DType = a.DTypeName.float32,
+    layer: a.Layers = None,
+    keep: a.Keeps = None,
+    selector: a.Selectors = None,
+    option: a.SelectorOptions = None,
+    positions: a.Positions = a.PositionName.keep,
+    name: a.VariantName = "",
+    no_prune: a.NoPrune = False,
+    max_text: a.MaxText = 128,
+    max_new_tokens: a.MaxNewTokens = 128,
+    batch: a.Batch = 1,
+    decode_batch: a.DecodeBatch = None,
+    engine: a.SomeEngines = None,
+    force: a.Force = False,
+) -> None:
+    """Make a bundle from a checkpoint: the graphs, the variant [bold]full[/], a pruned one, and their engines.
+
+    --layer and --keep may be repeated together, for several cuts.
+    """
+    from sievert import tables
+    from sievert.bundle.errors import PlanError
+    from sievert.exporting import export as export_bundle
+    from sievert.planning import pair_cuts
+
+    if no_prune and (layer or keep or selector or option or name):
+        raise PlanError("--no-prune was given together with what to drop: leave out one or the other")
+    cuts = () if no_prune else pair_cuts(layer or [], keep or [], selector or [], option or [])
+    screen = Screen()
+    with screen.progress() as progress:
+        made = export_bundle(
+            model,
+            out,
+            dtype=dtype.value,
+            cuts=cuts,
+            positions=positions.value,
+            name=name,
+            max_text=max_text,
+            max_new_tokens=max_new_tokens,
+            batch=batch,
+            decode_batch="auto" if decode_batch is None else decode_batch,
+            engines=engine or ["onnxruntime"],
+            force=force,
+            progress=progress,
+        )
+    place = _shown(out or str(made.path.name))
+    screen.show(f"Made the bundle [bold]{place}[/]: {tables.describe_size(made.path)}")
+    screen.show(tables.made_table(made.made, made.built))
+    screen.next(f"check {place}", f'run {place} --image IMAGE --prompt "QUESTION" --show-kept kept.png')
+
+
+def prune(
+    bundle: a.BundlePath,
+    layer: a.Layers = None,
+    keep: a.Keeps = None,
+    selector: a.Selectors = None,
+    option: a.SelectorOptions = None,
+    positions: a.Positions = a.PositionName.keep,
+    name: a.VariantName = "",
+    max_text: a.MaxTextAsFull = None,
+    max_new_tokens: a.MaxNewTokensAsFull = None,
+    batch: a.BatchAsFull = None,
+    decode_batch: a.DecodeBatchAsFull = None,
+    force: a.Force = False,
+) -> None:
+    """Add a variant to a bundle that drops visual tokens before a decoder layer.
+
+    --layer and --keep may be repeated together, for several cuts.
+    """
+    from sievert import tables
+    from sievert.planning import pair_cuts
+    from sievert.pruning import prune as add_variant
+
+    cuts = pair_cuts(layer or [], keep or [], selector or [], option or [])
+    screen = Screen()
+    with screen.progress() as progress:
+        made = add_variant(
+            bundle,
+            cuts=cuts,
+            positions=positions.value,
+            name=name,
+            max_text="auto" if max_text is None else max_text,
+            max_new_tokens="auto" if max_new_tokens is None else max_new_tokens,
+            batch="auto" if batch is None else batch,
+            decode_batch="auto" if decode_batch is None else decode_batch,
+            force=force,
+            progress=progress,
+        )
+    screen.show(f"Made the variant [bold]{made.name}[/] of {_shown(bundle)}")
+    screen.show(tables.made_table([made], []))
+    screen.next(f"build {_shown(bundle)} --variant {made.name}", f"check {_shown(bundle)} --variant {made.name}")
+
+
+def build(
+    bundle: a.BundlePath,
+    variant: a.SomeVariants = None,
+    engine: a.SomeEngines = None,
+    capability: a.Capabilities = None,
+) -> None:
+    """Build engines for variants of a bundle."""
+    from sievert import tables
+    from sievert.building import build as build_engines
+
+    screen = Screen()
+    with screen.progress() as progress:
+        built = build_engines(
+            bundle, variants=variant or [], engines=engine or ["onnxruntime"], capabilities=capability or [], progress=progress
+        )
+    screen.show(tables.built_table(built))
+    screen.show("Built is not run: what an engine says is judged by a check.")
+    screen.next(f"check {_shown(bundle)}", f"inspect {_shown(bundle)}")
+
+
+def _shown(path: str | Path) -> str:
+    return shlex.quote(str(path))

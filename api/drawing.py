@@ -1,0 +1,120 @@
+"""A picture of what was kept: dropped patches dimmed, kept ones as they are, outlined."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+if TYPE_CHECKING:
+    from sievert.running import Answers
+
+_SIDE = 448  # pixels of a panel; small images are enlarged to about this
+_MARGIN, _TEXT = 16, 15
+_PAPER, _INK, _QUIET, _LINE = (24, 26, 31), (236, 238, 242), (150, 156, 168), (255, 214, 92)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One stage: its caption, and the numbers of the kept patches in the grid, row by row (a class token is negative)."""
+
+    caption: str
+    kept: frozenset[int]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One question: what was asked and answered, and a panel for each stage."""
+
+    question: str
+    answer: str
+    panels: tuple[Panel, ...]
+
+
+def draw_kept(picture: Image.Image, grid: tuple[int, int], rows: Sequence[Row]) -> Image.Image:
+    """One row for each question: the picture as the model sees it, then a panel for each stage.
+
+    ``picture`` is what the vision encoder saw, ``grid`` the rows and columns of patches on it.
+    """
+    big = _enlarge(picture)
+    width, height = big.size
+    panels = 1 + max(len(row.panels) for row in rows)
+    row_height = 2 * (_TEXT + 8) + height + _MARGIN
+    canvas = Image.new("RGB", (panels * (width + _MARGIN) + _MARGIN, len(rows) * row_height + _MARGIN), _PAPER)
+    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=_TEXT)
+    for number, row in enumerate(rows):
+        top = _MARGIN + number * row_height
+        heading = f"{row.question}   {row.answer}" if row.answer else row.question
+        pen.text((_MARGIN, top), _shorten(heading, canvas.width - 2 * _MARGIN, font), fill=_INK, font=font)
+        shown = [("what the model sees", big), *((panel.caption, _dim(big, grid, panel.kept)) for panel in row.panels)]
+        for place, (caption, image) in enumerate(shown):
+            left = _MARGIN + place * (width + _MARGIN)
+            pen.text((left, top + _TEXT + 8), _shorten(caption, width, font), fill=_QUIET, font=font)
+            canvas.paste(image, (left, top + 2 * (_TEXT + 8)))
+    return canvas
+
+
+def from_pixels(pixels: NDArray[np.float32], mean: Sequence[float], std: Sequence[float]) -> Image.Image:
+    """The picture behind normalised ``pixels[C, H, W]``, by the ``mean`` and ``std`` of its channels."""
+    shown = pixels.transpose(1, 2, 0) * np.asarray(std, np.float32) + np.asarray(mean, np.float32)
+    if shown.shape[2] == 1:
+        shown = shown.repeat(3, axis=2)
+    return Image.fromarray((shown.clip(0, 1) * 255).round().astype(np.uint8))
+
+
+def _enlarge(picture: Image.Image) -> Image.Image:
+    factor = max(1, round(_SIDE / max(picture.size)))
+    return picture.convert("RGB").resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+
+
+def _dim(picture: Image.Image, grid: tuple[int, int], kept: frozenset[int]) -> Image.Image:
+    """The picture with dropped patches grey and dark, and a line where kept and dropped ones meet."""
+    rows, columns = grid
+    held = np.zeros((rows + 2, columns + 2), bool)  # a border of dropped ones, so that every patch has four neighbours
+    for number in kept:
+        if number < 0:
+            continue  # a class token, which is no patch
+        held[1 + number // columns, 1 + number % columns] = True
+    mask = Image.fromarray(held[1:-1, 1:-1].astype(np.uint8) * 255).resize(picture.size, Image.Resampling.NEAREST)
+    grey = picture.convert("L").point(lambda value: 18 + value // 4).convert("RGB")
+    shown = Image.composite(picture, grey, mask)
+    pen = ImageDraw.Draw(shown)
+    ys = [round(row * picture.height / rows) for row in range(rows + 1)]
+    xs = [round(column * picture.width / columns) for column in range(columns + 1)]
+    right, below = picture.width - 1, picture.height - 1
+    for row in range(rows + 1):
+        for column in range(columns + 1):
+            x, y = min(xs[column], right), min(ys[row], below)
+            if column < columns and held[row, column + 1] != held[row + 1, column + 1]:
+                pen.line([(x, y), (min(xs[column + 1], right), y)], fill=_LINE)
+            if row < rows and held[row + 1, column] != held[row + 1, column + 1]:
+                pen.line([(x, y), (x, min(ys[row + 1], below))], fill=_LINE)
+    return shown
+
+
+def _shorten(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    text = " ".join(text.split())
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "...") > width:
+        text = text[:-1]
+    return text + "..."
+
+
+def draw_answers(found: Answers) -> Image.Image:
+    """What was kept for each prompt of a :func:`sievert.run`, one row each."""
+    total = found.visual_tokens
+    captions = [f"from layer {stage.layer} on: {stage.keep} of {total} ({stage.selector} {stage.requested})" for stage in found.plan.stages]
+    rows = [
+        Row(
+            question=answer.prompt,
+            answer=answer.text.strip(),
+            panels=tuple(Panel(caption, frozenset(kept)) for caption, kept in zip(captions, answer.kept, strict=True)),
+        )
+        for answer in found.answers
+    ]
+    return draw_kept(found.picture, found.grid, rows)

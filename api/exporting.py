@@ -1,0 +1,122 @@
+"""A checkpoint to a bundle: dynamic graphs, the unpruned variant, a pruned one, engines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sievert.building import Built, build_variant, require_builders
+from sievert.bundle.create import check_place
+from sievert.bundle.errors import VariantError
+from sievert.bundle.names import check_variant_name
+from sievert.bundle.plan import Plan, PositionPolicy
+from sievert.bundle.specs import Geometry
+from sievert.planning import FULL, Cut, describe_profile, make_plan, make_profile, name_variant
+from sievert.progress import Progress, Size, silent
+from sievert.pruning import Made, add
+
+if TYPE_CHECKING:
+    from sievert.exporter.load import DType
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """The bundle's folder, its variants (``full`` first), and its engines."""
+
+    path: Path
+    made: tuple[Made, ...]
+    built: tuple[Built, ...]
+
+
+def export(
+    model: str | Path,
+    out: str | Path = "",
+    *,
+    dtype: DType = "float32",
+    cuts: Sequence[Cut] = (Cut(),),
+    positions: PositionPolicy = "keep",
+    name: str = "",
+    max_text: int = 128,
+    max_new_tokens: int = 128,
+    batch: int = 1,
+    decode_batch: Size = "auto",
+    engines: Sequence[str] = ("onnxruntime",),
+    force: bool = False,
+    progress: Progress = silent,
+) -> ExportResult:
+    """Export ``model`` (a folder or a hub id) to a new bundle at ``out``: by default ``NAME-bundle`` in the current folder.
+
+    The variant ``full`` is always made; ``cuts`` make a pruned one beside it, none at all if empty. Then the engines are built.
+    What was asked for is checked against the model's configuration before its weights are read. ``force`` replaces a bundle.
+
+    Raises:
+        CheckpointError, UnsupportedModelError: no checkpoint, or one that is not exported.
+        PlanError, ProfileError, InputError: what is asked for does not fit the model.
+        BundleError: ``out`` is taken or cannot be written.
+        GraphError: the model's graphs have not the structure the passes need.
+        EngineUnavailableError, EngineError: an engine cannot be built here; the bundle and its variants stay.
+    """
+    from sievert.exporter.export import export_model
+    from sievert.exporter.write import write_bundle
+
+    target = Path(out) if str(out) else default_place(model)
+    require_builders(engines)
+    check_place(target.expanduser().resolve(), force=force)
+    progress("reading the configuration")
+    geometry = read_geometry(model)
+    profile = make_profile(geometry, batch=batch, decode_batch=decode_batch, max_text=max_text, max_new_tokens=max_new_tokens)
+    plans = name_plans(geometry, cuts, positions=positions, name=name)
+    progress("tracing the model")
+    exported = export_model(model, dtype=dtype)
+    progress("writing the weights")
+    command = f"export {model} --dtype {dtype} {describe_profile(profile)}"
+    bundle = write_bundle(exported, target.expanduser(), force=force, command=command)
+    del exported  # the weights: gigabytes that engines are built without
+    made = [add(bundle, plan=plan, profile=profile, name=each, force=False, progress=progress) for each, plan in plans.items()]
+    built = [build_variant(bundle, each, engine, progress=progress) for each in plans for engine in engines]
+    return ExportResult(bundle.path, tuple(made), tuple(built))
+
+
+def default_place(model: str | Path) -> Path:
+    """``NAME-bundle`` in the current folder, after the checkpoint's folder or the last part of a hub id."""
+    return Path(f"{Path(model).expanduser().resolve().name or 'model'}-bundle")
+
+
+def read_geometry(model: str | Path) -> Geometry:
+    """The numbers of a model, from its small files. Raises as :func:`export` does for checkpoints."""
+    from sievert.exporter.checkpoint import open_checkpoint
+    from sievert.exporter.export import DOWNLOADS
+    from sievert.exporter.geometry import read_geometry as read
+    from sievert.exporter.load import load_config, take_sliding_window
+
+    checkpoint = open_checkpoint(model, downloads=DOWNLOADS)
+    config = load_config(checkpoint)
+    return read(checkpoint, config, window=take_sliding_window(config.get_text_config()))
+
+
+def name_plans(geometry: Geometry, cuts: Sequence[Cut], *, positions: PositionPolicy, name: str) -> dict[str, Plan]:
+    """The plans of an export's variants by name, ``full`` first.
+
+    Raises:
+        PlanError: the model cannot take one.
+        VariantError: the name is ``full``, or cannot name a variant.
+    """
+    plans = {FULL: Plan()}
+    if cuts:
+        plan = make_plan(geometry, cuts, positions=positions)
+        check_pruned_name(chosen := name or name_variant(plan))
+        plans[chosen] = plan
+    return plans
+
+
+def check_pruned_name(name: str) -> None:
+    """Refuse a name for a pruned variant.
+
+    Raises:
+        VariantError: ``full``, or a name that cannot name a variant.
+    """
+    check_variant_name(name)
+    if name == FULL:
+        raise VariantError(f"{FULL!r} names the unpruned variant that every bundle has: choose another name")

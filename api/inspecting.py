@@ -1,0 +1,109 @@
+"""What is in a bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from sievert.bundle.manifest import Manifest
+from sievert.bundle.store import Bundle
+from sievert.progress import Progress, silent
+
+
+@dataclass(frozen=True)
+class LintLine:
+    """What a target would say of a graph of a variant, once it is lowered for it. ``severity`` is ``error`` or ``warning``."""
+
+    variant: str
+    graph: str
+    target: str
+    severity: str
+    rule: str
+    text: str
+
+
+@dataclass(frozen=True)
+class CacheInfo:
+    """Key and value caches of a variant: rows of each layer, and bytes of one prefill batch and one decode batch."""
+
+    rows: tuple[int, ...]
+    prefill_bytes: int
+    decode_bytes: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A bundle's manifest, with what can be computed from it: sizes in bytes by kind of file, caches by variant, lint findings."""
+
+    path: Path
+    manifest: Manifest
+    verified: bool
+    sizes: Mapping[str, int]
+    caches: Mapping[str, CacheInfo]
+    lint: tuple[LintLine, ...]
+
+
+def inspect(bundle: str | Path, *, verify: bool = False, progress: Progress = silent) -> Inspection:
+    """Read a bundle. ``verify`` hashes every file; without it sizes, small files and a sample of the weights are checked.
+
+    Raises:
+        BundleError: the bundle is not what its manifest says; the message names the file.
+    """
+    progress("hashing every file" if verify else "reading the bundle")
+    opened = Bundle.open(bundle, verify="full" if verify else "size")
+    manifest = opened.manifest
+    return Inspection(
+        path=opened.path,
+        manifest=manifest,
+        verified=verify,
+        sizes=measure(manifest),
+        caches={name: measure_caches(manifest, name) for name in manifest.variants},
+        lint=tuple(line for name in manifest.variants for line in lint_variant(opened, name, progress)),
+    )
+
+
+def measure(manifest: Manifest) -> dict[str, int]:
+    """Bytes by kind of file: weights, dynamic graphs, static graphs of variants, engines, and the checkpoint's small files."""
+    sizes = dict.fromkeys(("weights", "dynamic graphs", "variants' graphs", "engines", "tokenizer and configuration"), 0)
+    dynamic = {entry.file for entry in manifest.graphs.values()}
+    for name, entry in manifest.files.items():
+        if name == manifest.weights_file:
+            kind = "weights"
+        elif name in dynamic:
+            kind = "dynamic graphs"
+        elif name.endswith(".engine"):
+            kind = "engines"
+        elif name.endswith(".onnx"):
+            kind = "variants' graphs"
+        else:
+            kind = "tokenizer and configuration"
+        sizes[kind] += entry.bytes
+    return sizes
+
+
+def measure_caches(manifest: Manifest, variant: str) -> CacheInfo:
+    """The caches of a variant."""
+    made, geometry = manifest.variants[variant], manifest.geometry
+    row = 2 * geometry.kv_heads * geometry.head_size * (4 if manifest.source.dtype == "float32" else 2)
+    one = row * sum(made.capacities)
+    return CacheInfo(made.capacities, one * made.profile.batch, one * made.profile.decode_batch)
+
+
+def lint_variant(bundle: Bundle, variant: str, progress: Progress = silent) -> list[LintLine]:
+    """What each target would say of a variant's graphs, lowered for it."""
+    import onnx_ir as ir
+
+    from sievert.graph_passes.lint import lint
+    from sievert.graph_passes.lower import lower
+    from sievert.graph_passes.lowering.targets import TARGETS
+
+    progress(f"lint of {variant}")
+    lines = []
+    for graph in bundle.variant(variant).graphs:
+        model = ir.load(bundle.graph_file(graph, variant=variant))
+        for target in TARGETS:
+            for found in lint(lower(model, target), target):
+                text = f"{found.node}: {found.message}. To do: {found.fix}"
+                lines.append(LintLine(variant, graph, target, found.severity, found.rule, text))
+    return lines

@@ -1,0 +1,80 @@
+"""Add a variant to a bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sievert.bundle.manifest import Variant
+from sievert.bundle.plan import Plan, PositionPolicy
+from sievert.bundle.profile import Profile
+from sievert.bundle.store import Bundle
+from sievert.planning import FULL, Cut, describe_plan, describe_profile, make_plan, make_profile, name_variant
+from sievert.progress import Progress, Size, silent
+
+
+@dataclass(frozen=True)
+class Made:
+    """A variant that a step made, and where."""
+
+    path: Path
+    name: str
+    variant: Variant
+    depth: int
+
+
+def prune(
+    bundle: str | Path,
+    *,
+    cuts: Sequence[Cut] = (Cut(),),
+    positions: PositionPolicy = "keep",
+    name: str = "",
+    max_text: Size = "auto",
+    max_new_tokens: Size = "auto",
+    batch: Size = "auto",
+    decode_batch: Size = "auto",
+    force: bool = False,
+    progress: Progress = silent,
+) -> Made:
+    """Add a variant that drops visual tokens; no ``cuts`` make an unpruned one.
+
+    Sizes that are ``auto`` are those of the variant ``full``. An empty ``name`` is made from the plan, for example ``iwp-22``.
+
+    Raises:
+        PlanError, ProfileError: what is asked for does not fit the model.
+        VariantError: the name is taken (``force`` replaces the variant), or cannot name one.
+        BundleError: the bundle is not what its manifest says, or cannot be written. Nothing was changed.
+    """
+    progress("checking the bundle")
+    opened = Bundle.open(bundle, verify="full")
+    geometry = opened.manifest.geometry
+    plan = make_plan(geometry, cuts, positions=positions)
+    full = opened.manifest.variants.get(FULL)
+    defaults = full.profile if full is not None else make_profile(geometry)
+    given_batch = defaults.batch if batch == "auto" else batch
+    profile = make_profile(
+        geometry,
+        batch=given_batch,
+        decode_batch=(defaults.decode_batch if batch == "auto" else given_batch) if decode_batch == "auto" else decode_batch,
+        max_text=defaults.max_text if max_text == "auto" else max_text,
+        max_new_tokens=defaults.max_new_tokens if max_new_tokens == "auto" else max_new_tokens,
+    )
+    return add(opened, plan=plan, profile=profile, name=name or name_variant(plan), force=force, progress=progress)
+
+
+def add(bundle: Bundle, *, plan: Plan, profile: Profile, name: str, force: bool, progress: Progress) -> Made:
+    """Make the variant of a checked plan and profile. Raises as :func:`prune`."""
+    from sievert.graph_passes.prune import add_variant
+
+    command = " ".join(filter(None, ["prune", describe_plan(plan), describe_profile(profile), f"--name {name}"]))
+    variant = add_variant(
+        bundle,
+        name=name,
+        plan=plan,
+        profile=profile,
+        force=force,
+        command=command,
+        progress=lambda stage: progress(f"making the variant {name}: {stage}"),
+    )
+    return Made(bundle.path, name, variant, bundle.manifest.geometry.depth)

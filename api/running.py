@@ -1,0 +1,191 @@
+"""Ask a variant about an image."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from sievert.bundle.errors import InputError, VariantError
+from sievert.bundle.plan import Plan
+from sievert.bundle.store import Bundle
+from sievert.drawing import from_pixels
+from sievert.engines.run.dtypes import Array
+from sievert.engines.run.generate import Finish, stream
+from sievert.engines.run.pipeline import Features, Pipeline, PrefillResult
+from sievert.engines.run.prompt import PromptBatch, Prompter, load_processor
+from sievert.engines.run.sampling import Sampling
+from sievert.planning import FULL
+from sievert.progress import Progress, Size, silent
+
+OnText = Callable[[int, str], None]
+"""Called with the number of the prompt and the text that became certain; an empty text says that the answer is complete."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was said to one prompt.
+
+    ``finish`` is ``stop`` or ``length``. ``kept[s]`` are the numbers of the patches left after stage s, in the grid, row by row;
+    ``seconds`` is the time to the first token and to the last.
+    """
+
+    prompt: str
+    text: str
+    tokens: tuple[int, ...]
+    finish: Finish
+    kept: tuple[tuple[int, ...], ...]
+    seconds: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """All answers about one image. ``picture`` is what the vision encoder saw; ``vision_seconds`` what looking took."""
+
+    variant: str
+    engine: str
+    plan: Plan
+    visual_tokens: int
+    grid: tuple[int, int]
+    picture: Image.Image
+    vision_seconds: float
+    answers: tuple[Answer, ...]
+
+
+def run(
+    bundle: str | Path,
+    image: str | Path | Image.Image,
+    prompts: Sequence[str],
+    *,
+    variant: str = "",
+    engine: str = "onnxruntime",
+    max_new_tokens: Size = "auto",
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    template: bool = True,
+    on_text: OnText = lambda _, __: None,
+    progress: Progress = silent,
+) -> Answers:
+    """Answer prompts about one image, whose features are computed once.
+
+    An empty ``variant`` means the only pruned one, or ``full`` where there is none. ``max_new_tokens`` ``auto`` is what the variant
+    has room for. Without ``template`` a prompt is the model's whole input. ``temperature`` 0 takes the likeliest token.
+
+    Raises:
+        ImageError, PromptError, ProfileError, InputError: what was given cannot be used.
+        VariantError: no such variant, or it has no such engine.
+        EngineUnavailableError: the engine cannot run on this machine.
+        BundleError: the bundle is not what its manifest says.
+    """
+    if not prompts:
+        raise InputError("no prompt was given: ask at least one question")
+    sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
+    opened = Bundle.open(bundle)
+    name = variant or choose_variant(opened)
+    profile = opened.variant(name).profile
+    prompter = Prompter(opened.path, opened.manifest.geometry, profile)
+    batches = [
+        prompter.prepare([image], prompts[start : start + profile.batch], template=template)
+        for start in range(0, len(prompts), profile.batch)
+    ]
+    limit = profile.max_new_tokens if max_new_tokens == "auto" else max_new_tokens
+    progress("loading the engine")
+    with _Watched(opened, name, engine) as pipeline:
+        progress("looking at the image")
+        start = time.perf_counter()
+        features = pipeline.encode(batches[0].pixel_values)
+        looked = time.perf_counter() - start
+        progress("")
+        answers: list[Answer] = []
+        for batch in batches:
+            answers += _answer(pipeline, prompter, batch, features, prompts, len(answers), limit, sampling, on_text)
+    return Answers(
+        variant=name,
+        engine=engine,
+        plan=opened.variant(name).plan,
+        visual_tokens=profile.visual_tokens,
+        grid=opened.manifest.geometry.grid,
+        picture=_picture(opened.path, batches[0].pixel_values[0]),
+        vision_seconds=looked,
+        answers=tuple(answers),
+    )
+
+
+def choose_variant(bundle: Bundle) -> str:
+    """The variant meant where none is named: the only pruned one, or ``full`` where none is pruned.
+
+    Raises:
+        VariantError: there are several to choose from, or none at all.
+    """
+    names = sorted(bundle.manifest.variants)
+    pruned = [name for name in names if bundle.manifest.variants[name].plan.stages]
+    if len(pruned) > 1:
+        raise VariantError(f"the bundle has several pruned variants: choose one with --variant ({', '.join(names)})")
+    chosen = pruned[0] if pruned else FULL
+    bundle.variant(chosen)
+    return chosen
+
+
+class _Watched(Pipeline):
+    """A pipeline that remembers what its last prefill kept."""
+
+    last: PrefillResult | None = None
+
+    def prefill(self, batch: PromptBatch, features: Features) -> PrefillResult:
+        self.last = super().prefill(batch, features)
+        return self.last
+
+
+def _answer(
+    pipeline: _Watched,
+    prompter: Prompter,
+    batch: PromptBatch,
+    features: Features,
+    prompts: Sequence[str],
+    first: int,
+    limit: int,
+    sampling: Sampling,
+    on_text: OnText,
+) -> list[Answer]:
+    """Answers to the prompts of one batch, the first of which is number ``first``."""
+    start = time.perf_counter()
+    texts, tokens = [""] * batch.rows, [list[int]() for _ in range(batch.rows)]
+    finishes: list[Finish] = ["length"] * batch.rows
+    begun, ended = [0.0] * batch.rows, [0.0] * batch.rows
+    for piece in stream(pipeline, prompter.tokenizer, batch, max_new_tokens=limit, features=features, sampling=sampling):
+        ended[piece.row] = time.perf_counter() - start
+        begun[piece.row] = begun[piece.row] or ended[piece.row]
+        texts[piece.row] += piece.text
+        tokens[piece.row].append(piece.token)
+        if piece.text:
+            on_text(first + piece.row, piece.text)
+        if piece.finish is not None:
+            finishes[piece.row] = piece.finish
+            on_text(first + piece.row, "")
+    kept = pipeline.last.kept_index if pipeline.last is not None else ()
+    rows, columns = pipeline.geometry.grid
+    shift = rows * columns - pipeline.geometry.visual_tokens  # a class token comes before the patches and gets a negative number
+    return [
+        Answer(
+            prompt=prompts[first + row],
+            text=texts[row],
+            tokens=tuple(tokens[row]),
+            finish=finishes[row],
+            kept=tuple(tuple((np.searchsorted(batch.visual_index[row], stage[row]) + shift).tolist()) for stage in kept),
+            seconds=(begun[row], ended[row]),
+        )
+        for row in range(batch.rows)
+    ]
+
+
+def _picture(folder: Path, pixels: Array) -> Image.Image:
+    images = load_processor(folder).image_processor
+    channels = len(pixels)
+    normalised = bool(getattr(images, "do_normalize", True))
+    mean, std = (images.image_mean, images.image_std) if normalised else ([0.0] * channels, [1.0] * channels)
+    return from_pixels(pixels, mean, std)

@@ -1,0 +1,1 @@
+"""Calibration data, quantisation scales, and the search of the pruning budget."""

@@ -1,0 +1,1 @@
+"""Engines: building them from a variant's graphs, and running them."""

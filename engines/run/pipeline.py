@@ -1,0 +1,252 @@
+"""A variant's four graphs on one runtime: look at a picture, read prompts, write token by token."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Final, Literal, Self
+
+import numpy as np
+
+from sievert.bundle.errors import EngineError, IntegrityError, ProfileError
+from sievert.bundle.manifest import GraphEntry
+from sievert.bundle.store import Bundle
+from sievert.engines.run.base import Cache, Runtime, Session
+from sievert.engines.run.dtypes import Array
+from sievert.engines.run.files import find_model
+from sievert.engines.run.memory import Buffer, fixed_shape
+from sievert.engines.run.prompt import PromptBatch
+from sievert.engines.run.registry import find_runtime
+from sievert.engines.run.slots import Slots
+
+logger = logging.getLogger(__name__)
+
+GRAPHS: Final = ("vision_encoder", "embed_tokens", "prefill", "decode")
+_REMEMBERED = 16  # pictures whose features are kept; a few MB each at most
+
+
+@dataclass(frozen=True)
+class Features:
+    """What the vision encoder says about B pictures: its outputs by name, each ``[B, ...]``."""
+
+    values: Mapping[str, Array]
+
+    @property
+    def image_features(self) -> Array:
+        """``[B, Nv, D]`` in the model's dtype."""
+        return self.values["image_features"]
+
+
+@dataclass(frozen=True)
+class PrefillResult:
+    """``logits[B, V]`` float32 of the last real row, ``kept_index[s][B, K_s]`` int64 (rows of the original sequence, ascending),
+    ``inputs_embeds[B, S, D]``, and ``extra``: the outputs that were exposed, by name.
+    """
+
+    logits: Array
+    kept_index: tuple[Array, ...]
+    inputs_embeds: Array
+    extra: Mapping[str, Array]
+
+
+class Pipeline:
+    """The graphs of one variant, loaded once.
+
+    Caches stay where the runtime computes. Where prefill and decode have the same batch they share them, and row i of a prefill
+    is slot i of decode. Otherwise a prefilled row gets a slot by :meth:`fill`, while other slots go on.
+
+    ``engine`` is a name or a configured :class:`Runtime`. ``lowered_for`` runs the ONNX files that were lowered for that engine.
+    ``prefill_model`` is an ONNX model to run instead of the variant's prefill: the same graph with more outputs.
+
+    Raises:
+        VariantError: no such variant, or it has no engines of that name.
+        EngineUnavailableError: the runtime cannot run here.
+        IntegrityError: a graph that is not what the manifest says.
+        EngineError: the runtime refused a graph.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        variant_name: str,
+        engine: str | Runtime = "onnxruntime",
+        *,
+        lowered_for: str = "",
+        prefill_model: bytes | None = None,
+    ) -> None:
+        self.variant = bundle.variant(variant_name)
+        self.geometry = bundle.manifest.geometry
+        self.profile = self.variant.profile
+        self.runtime = find_runtime(engine) if isinstance(engine, str) else engine
+        self._sessions: dict[str, Session] = {}
+        for graph in GRAPHS:
+            model = find_model(bundle, variant_name, graph, self.runtime, lowered_for)
+            if graph == "prefill" and prefill_model is not None:
+                model = replace(model, content=prefill_model)
+            self._sessions[graph] = session = self.runtime.load(model)
+            _check_interface(graph, self.variant.graphs[graph], session, strict=self.runtime.reads_onnx)
+        self._prefill_caches = self._bind("prefill", None)
+        self._shared = self.profile.batch == self.profile.decode_batch
+        self._decode_caches = self._bind("decode", self._prefill_caches if self._shared else None)
+        self._slots = Slots(self.profile, self.geometry.pad_token_id)
+        self._prefilled: tuple[int, ...] = ()
+        self._poisoned = False  # decode may have left a NaN in shared caches; a filled slot is copied whole
+        self.prefills = 0  # how many there were: a stream sees by it that its prompts are gone
+        self._seen: OrderedDict[bytes, dict[str, Array]] = OrderedDict()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give back the graphs and the caches; nothing else works afterwards."""
+        self._sessions.clear()
+        for caches in (self._prefill_caches, self._decode_caches):
+            for cache in caches:
+                cache.buffer.free()
+        self._prefill_caches = self._decode_caches = []
+
+    def encode(self, pixel_values: Array) -> Features:
+        """Features of ``pixel_values[B, C, H, W]``. A picture seen before, in any row, is remembered by its content.
+
+        Raises:
+            ProfileError: another shape than the graph takes.
+        """
+        session = self._session("vision_encoder")
+        spec = session.inputs[0]
+        if pixel_values.shape != fixed_shape(spec):
+            raise ProfileError(f"{spec.name} has shape {pixel_values.shape}, expected {spec.shape} as the variant's profile declares")
+        keys = [hashlib.sha256(np.ascontiguousarray(row).tobytes()).digest() for row in pixel_values]
+        if not all(key in self._seen for key in keys):
+            values = session.run({spec.name: pixel_values})
+            for row, key in enumerate(keys):
+                self._seen[key] = {name: value[row].copy() for name, value in values.items()}
+        rows = [self._seen[key] for key in keys]
+        for key in keys:
+            self._seen.move_to_end(key)
+        while len(self._seen) > max(_REMEMBERED, len(keys)):
+            self._seen.popitem(last=False)
+        return Features({name: np.stack([row[name] for row in rows]) for name in rows[0]})
+
+    def prefill(self, batch: PromptBatch, features: Features) -> PrefillResult:
+        """Read prompts: afterwards the caches hold them, and :meth:`decode` goes on from there.
+
+        With separate caches (another decode batch) nothing that is being decoded is touched; see :meth:`fill`.
+
+        Raises:
+            ProfileError: shapes that are not the profile's.
+            EngineError: the runtime failed.
+        """
+        if self._poisoned:
+            # Prefill writes rows 0..S-1; the rest is masked until decode writes it, but a masked NaN is still NaN times zero.
+            for cache in self._prefill_caches:
+                cache.buffer.clear()
+            self._poisoned = False
+        self.prefills += 1
+        values: dict[str, Array] = {**features.values, "input_ids": batch.input_ids, "visual_index": batch.visual_index}
+        embeds = self._run("embed_tokens", values)["inputs_embeds"]
+        values |= {"inputs_embeds": embeds, "attention_mask": batch.attention_mask, "position_ids": batch.position_ids}
+        outputs = self._run("prefill", values)
+        logits = outputs.pop("logits")
+        kept = tuple(outputs.pop(f"kept_index.{stage}") for stage in range(len(self.variant.plan.stages)))
+        self._prefilled = batch.lengths
+        if self._shared:
+            for row, length in enumerate(batch.lengths):
+                self._slots.start(row, length)
+        return PrefillResult(logits, kept, embeds, outputs)
+
+    def fill(self, slot: int, row: int) -> None:
+        """Let decode slot ``slot`` go on from row ``row`` of the last prefill.
+
+        Raises:
+            EngineError: no such slot or row, or the caches are shared and ``slot`` is not ``row``.
+        """
+        if not 0 <= row < len(self._prefilled):
+            raise EngineError(f"row {row} was not prefilled: the last prefill had {len(self._prefilled)} rows")
+        if self._shared:
+            if slot != row:
+                raise EngineError(f"row {row} cannot move to slot {slot}: prefill and decode have the same batch and share their caches")
+        else:
+            for target, source in zip(self._decode_caches, self._prefill_caches, strict=True):
+                target.buffer.copy_row(slot, source.buffer, row)
+        self._slots.start(slot, self._prefilled[row])
+
+    def decode(self, tokens: Array) -> Array:
+        """Feed one token per slot, ``tokens[Bd]`` integers, and get ``logits[Bd, V]`` float32 for the next ones.
+
+        A slot whose token is :data:`~sievert.engines.run.slots.IDLE` rests: it does not move on, and its logits mean nothing.
+
+        Raises:
+            ProfileError: another number of tokens, one outside the vocabulary, or a slot whose cache is full.
+            EngineError: a slot that nothing was prefilled for, or the runtime failed.
+        """
+        fed, rows = self._slots.step(np.asarray(tokens), self.geometry.vocabulary)
+        # Without pruning, the next token's row and its position are the same number; the graph subtracts what each stage dropped.
+        values = {"input_ids": fed[:, None], "position_ids": rows[:, None], "cache_row": rows}
+        logits = self._run("decode", values)["logits"]
+        self._slots.advance(np.asarray(tokens))
+        if self._shared and not np.isfinite(logits).all():
+            self._poisoned = True
+        return logits
+
+    def caches(self, of: Literal["prefill", "decode"] = "decode") -> list[tuple[Array, Array]]:
+        """Host copies of every layer's ``(key, value)``, each ``[B, G, C_i, d]``."""
+        caches = self._decode_caches if of == "decode" else self._prefill_caches
+        arrays = [cache.buffer.numpy() for cache in caches]
+        return list(zip(arrays[0::2], arrays[1::2], strict=True))
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens each decode slot holds, counted without pruning; 0 where nothing was prefilled."""
+        return self._slots.lengths
+
+    def _session(self, graph: str) -> Session:
+        if graph not in self._sessions:
+            raise EngineError("this pipeline was closed")
+        return self._sessions[graph]
+
+    def _run(self, graph: str, values: Mapping[str, Array]) -> dict[str, Array]:
+        """Run a graph on those of the values it takes; what is missing is the session's to name."""
+        session = self._session(graph)
+        return session.run({spec.name: values[spec.name] for spec in session.inputs if spec.name in values})
+
+    def _bind(self, graph: str, shared: list[Cache] | None) -> list[Cache]:
+        """The caches of a graph, in new buffers or in those of ``shared``: keys and values of layer 0, 1, ..."""
+        session = self._session(graph)
+        inputs = {spec.name: spec for spec in session.inputs}
+        caches: list[Cache] = []
+        for layer in range(self.geometry.depth):
+            for part in ("key", "value"):
+                past, present = f"past_key_values.{layer}.{part}", f"present.{layer}.{part}"
+                if past not in inputs:
+                    raise IntegrityError(f"{graph} has no input {past}: it was not made for this model's {self.geometry.depth} layers")
+                buffer = shared[len(caches)].buffer if shared else Buffer(session.memory, inputs[past])
+                caches.append(Cache(past, present, buffer))
+        session.bind(caches)
+        return caches
+
+
+def _check_interface(graph: str, entry: GraphEntry, session: Session, *, strict: bool) -> None:
+    """The loaded file takes and gives what the manifest says; it may give more (exposed values).
+
+    Without ``strict`` an input may be missing: a builder may drop one that the graph does not use.
+
+    Raises:
+        IntegrityError: it does not.
+    """
+    inputs, outputs = ({spec.name: spec for spec in specs} for specs in (session.inputs, session.outputs))
+    wrong = [spec for spec in entry.inputs if inputs.get(spec.name, None if strict else spec) != spec]
+    wrong += [spec for spec in entry.outputs if outputs.get(spec.name) != spec]
+    unknown = inputs.keys() - {spec.name for spec in entry.inputs}
+    if wrong or unknown:
+        expected = ", ".join(f"{spec.name} {spec.dtype}{spec.shape}" for spec in wrong)
+        raise IntegrityError(
+            f"{graph}: the loaded file lacks {expected or 'nothing'} and takes {sorted(unknown) or 'nothing'} that the manifest "
+            "does not list: make it again"
+        )

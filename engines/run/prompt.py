@@ -1,0 +1,173 @@
+"""Pictures and questions to what a variant's graphs take: template, tokens, padding, and the places of visual tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from PIL import Image
+
+from sievert.bundle.errors import BundleError, ImageError, ProfileError, PromptError
+from sievert.bundle.profile import Profile
+from sievert.bundle.specs import Geometry
+from sievert.engines.run.dtypes import Array
+from sievert.engines.run.images import load_image
+from sievert.engines.run.text import Detokenizer, Tokenizer
+
+Picture = Path | str | Image.Image
+_NO_TEMPLATE: Final = "this model has no chat template: write the whole prompt yourself and turn the template off"
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """Right-padded prompts for one prefill: int64, except ``pixel_values``.
+
+    ``pixel_values[B, C, H, W]`` float32, ``input_ids[B, S]``, ``attention_mask[B, S]`` (1 for real tokens), ``position_ids[B, S]``
+    (padding repeats the last real one), ``visual_index[B, Nv]`` (ascending), ``lengths`` real tokens of each row. Rows from ``rows``
+    on are copies of the last real one: a static graph always computes all B.
+    """
+
+    pixel_values: Array
+    input_ids: Array
+    attention_mask: Array
+    position_ids: Array
+    visual_index: Array
+    lengths: tuple[int, ...]
+    rows: int
+
+    def unpadded(self, row: int) -> Array:
+        """The real tokens ``[length]`` of one row."""
+        return self.input_ids[row, : self.lengths[row]]
+
+
+class Prompter:
+    """The checkpoint's own processor and tokenizer, held to a profile.
+
+    Raises:
+        BundleError: the processor's files are missing, damaged, or would run code of their own.
+    """
+
+    def __init__(self, folder: Path, geometry: Geometry, profile: Profile) -> None:
+        self.geometry = geometry
+        self.profile = profile
+        self._processor = load_processor(folder)
+        self.tokenizer: Any = self._processor.tokenizer
+        self.image_token: str = self.tokenizer.convert_ids_to_tokens(geometry.image_token_id)
+
+    def prepare(self, images: Sequence[Picture], prompts: Sequence[str], *, template: bool = True) -> PromptBatch:
+        """One row per prompt, about the picture at the same place; a single picture serves all prompts.
+
+        With ``template`` a prompt is a user's question; without, it is the model's whole input, and the image token is put in
+        front (after the first token, where the prompt writes that) if it holds none.
+
+        Raises:
+            ImageError: a picture that cannot be read, or that the processor does not bring to the model's size.
+            PromptError: an empty prompt, one longer than the profile's ``max_text``, or one with image tokens of its own.
+            ProfileError: no prompts, more than the profile's batch, or another number of pictures.
+        """
+        if not 1 <= len(prompts) <= self.profile.batch:
+            raise ProfileError(f"{len(prompts)} prompts, but this variant takes 1..{self.profile.batch} at a time (its batch)")
+        if len(images) not in (1, len(prompts)):
+            raise ProfileError(f"{len(images)} images for {len(prompts)} prompts: give one for all, or one for each")
+        pictures = [load_image(image) for image in images]
+        rows = [
+            self._process(picture, prompt, template)
+            for picture, prompt in zip(pictures * (len(prompts) // len(pictures)), prompts, strict=True)
+        ]
+        return self._pad(rows)
+
+    def detokenizer(self) -> Detokenizer:
+        """A fresh one for one row."""
+        tokenizer: Tokenizer = self.tokenizer
+        return Detokenizer(tokenizer)
+
+    def _text(self, prompt: str, template: bool) -> str:
+        """The model's input as text, with exactly one image token."""
+        if not prompt.strip():
+            raise PromptError("the prompt is empty: ask something about the image")
+        text = prompt
+        if template:
+            content = [{"type": "image"}, {"type": "text", "text": prompt}]
+            if self._processor.chat_template is None:
+                raise PromptError(_NO_TEMPLATE)
+            text = self._processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+        elif self.image_token not in prompt:
+            start = self.tokenizer.bos_token or ""
+            text = start + self.image_token + prompt[len(start) :] if prompt.startswith(start) else self.image_token + prompt
+        if (count := text.count(self.image_token)) != 1:
+            raise PromptError(
+                f"the prompt has {count} image tokens ({self.image_token}), expected 1: "
+                + ("leave them out, the template places one" if template and count > 1 else "a variant takes one image per prompt")
+            )
+        return text
+
+    def _process(self, picture: Image.Image, prompt: str, template: bool) -> tuple[Array, Array]:
+        """One prompt as ``input_ids[L]`` and ``pixel_values[C, H, W]``."""
+        text = self._text(prompt, template)
+        # Templates usually write the first token themselves; adding it again would change the model's input.
+        bos = self.tokenizer.bos_token
+        special = not (bos and text.startswith(bos))
+        try:
+            values = self._processor(text=[text], images=[picture], add_special_tokens=special, padding=False, truncation=False)
+        except ValueError as error:
+            raise ImageError(f"the processor refused an image of {picture.width}x{picture.height} pixels: {error}") from error
+        ids, pixels = np.asarray(values["input_ids"][0], np.int64), np.asarray(values["pixel_values"][0], np.float32)
+        shape = (self.geometry.channels, self.geometry.image_height, self.geometry.image_width)
+        if pixels.shape != shape:
+            raise ImageError(
+                f"an image of {picture.width}x{picture.height} pixels became {pixels.shape} (channels, height, width) in the model's "
+                f"processor, expected {shape}: resize it to {shape[2]}x{shape[1]}"
+            )
+        visual = int(np.count_nonzero(ids == self.geometry.image_token_id))
+        if visual != self.geometry.visual_tokens:
+            raise PromptError(f"the processor wrote {visual} image tokens, but the model has {self.geometry.visual_tokens} visual tokens")
+        if (words := len(ids) - visual) > self.profile.max_text:
+            raise PromptError(
+                f"the prompt has {words} text tokens, template included, but this variant takes {self.profile.max_text}: shorten it, "
+                "or make a variant with a larger --max-text"
+            )
+        return ids, pixels
+
+    def _pad(self, rows: Sequence[tuple[Array, Array]]) -> PromptBatch:
+        B, S = self.profile.batch, self.profile.sequence
+        filled = [*rows, *[rows[-1]] * (B - len(rows))]
+        lengths = np.array([len(ids) for ids, _ in filled])
+        input_ids = np.full((B, S), self.geometry.pad_token_id, np.int64)
+        for row, (ids, _) in enumerate(filled):
+            input_ids[row, : len(ids)] = ids
+        places = np.arange(S)
+        real = places < lengths[:, None]  # [B, S]; the pad token may be the image token's id in some models
+        return PromptBatch(
+            pixel_values=np.stack([pixels for _, pixels in filled]),
+            input_ids=input_ids,
+            attention_mask=real.astype(np.int64),
+            position_ids=np.minimum(places, lengths[:, None] - 1),
+            visual_index=np.stack([np.flatnonzero(ids == self.geometry.image_token_id) for ids, _ in filled]),
+            lengths=tuple(int(length) for length in lengths),
+            rows=len(rows),
+        )
+
+
+def load_processor(folder: Path) -> Any:
+    """The processor saved in a folder, without the network, without remote code, with images processed by Pillow.
+
+    transformers prefers torchvision where that is installed, which resizes differently: one bundle must not give two answers.
+
+    Raises:
+        BundleError: its files are missing, damaged, or would run code of their own.
+    """
+    import transformers
+
+    # Both classes build what they return from files; transformers gives them no types.
+    processors: Any = transformers.AutoProcessor
+    image_processors: Any = transformers.AutoImageProcessor
+    options = {"trust_remote_code": False, "local_files_only": True}
+    try:
+        processor = processors.from_pretrained(folder, **options)
+        processor.image_processor = image_processors.from_pretrained(folder, backend="pil", **options)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        raise BundleError(f"the processor in {folder} cannot be loaded: {error}") from error
+    return processor

@@ -1,0 +1,105 @@
+"""Training batches: many conversations about one canvas, packed into one row.
+
+A row is `<s> user: <image>...`, then conversations. A token sees the image and its own conversation only, and each conversation
+counts its positions from the end of the image: every one of them is laid out exactly as a prompt of its own would be.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from examples.digits_lvlm.data import CELL_PX, Canvas, Scene, compose
+from examples.digits_lvlm.questions import KINDS, ask, describe
+from examples.digits_lvlm.words import ASSISTANT, BOS, COLOURS, EOS, IMAGE, PAD, USER, VOCABULARY
+
+TEXT_TOKENS = 126
+IGNORED = -100
+_ID = {word: index for index, word in enumerate(VOCABULARY)}
+_COLOUR_INDEX = {colour: index for index, colour in enumerate(COLOURS)}
+_NO_DIGIT = 10
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Inputs and targets of one step; S is the same in every batch of a scene, so that compiled code is reused."""
+
+    pixel_values: Tensor  # [B, 3, H, W]
+    input_ids: Tensor  # [B, S]
+    position_ids: Tensor  # [B, S]
+    conversation: Tensor  # [B, S]: 0 for the image part, then 1, 2, ..; -1 for padding
+    labels: Tensor  # [B, S]: the token itself where it belongs to an answer, IGNORED elsewhere
+    kinds: Tensor  # [B, S]: index into KINDS at the answer word of a question, -1 elsewhere
+    patch_value: Tensor  # [B, Nv]
+    patch_colour: Tensor  # [B, Nv]
+
+    def text_mask(self, prefix: int) -> Tensor:
+        """What each token after the first `prefix` sees, bool [B, 1, S - prefix, S]; the prefix itself is plainly causal."""
+        own, other = self.conversation[:, prefix:, None], self.conversation[:, None, :]
+        causal = torch.ones(self.conversation.shape[1], self.conversation.shape[1], dtype=torch.bool).tril()[prefix:]
+        return (causal & ((other == 0) | (other == own)))[:, None]
+
+
+def encode(text: str) -> list[int]:
+    """Token ids of a question or answer, as the tokenizer gives them."""
+    for mark in "?,.":
+        text = text.replace(mark, f" {mark} ")
+    return [_ID[word] for word in text.split()]
+
+
+def _conversation(canvas: Canvas, rng: np.random.Generator, turns: int) -> tuple[list[int], list[int], list[int]]:
+    """Ids, labels and kinds of `turns` questions in a row, without the first `user:` (that one precedes the image)."""
+    ids: list[int] = []
+    labels: list[int] = []
+    kinds: list[int] = []
+    for turn in range(turns):
+        if turns == 1 and rng.random() < 0.08:
+            (question, answer), kind = describe(canvas.digits), -1
+        else:
+            kind = int(rng.integers(len(KINDS)))
+            asked = ask(KINDS[kind], canvas.digits, rng) or ask("count", canvas.digits, rng)
+            assert asked is not None
+            question, answer, kind = asked.text, asked.answer, KINDS.index(asked.kind)
+        prompt = [*([_ID[USER]] if turn else []), *encode(question), _ID[ASSISTANT]]
+        reply = [*encode(answer), _ID[EOS]]
+        ids += prompt + reply
+        labels += [IGNORED] * len(prompt) + reply
+        kinds += [-1] * len(prompt) + [kind] + [-1] * (len(reply) - 1)
+    return ids, labels, kinds
+
+
+def _row(canvas: Canvas, rng: np.random.Generator, tokens: int) -> list[list[int]]:
+    """Ids, positions, conversation, labels and kinds of one row, each 2 + tokens + TEXT_TOKENS long."""
+    ids = [_ID[BOS], _ID[USER]] + [_ID[IMAGE]] * tokens
+    prefix = len(ids)
+    positions, groups, labels, kinds = list(range(prefix)), [0] * prefix, [IGNORED] * prefix, [-1] * prefix
+    length = prefix + TEXT_TOKENS
+    for group in range(1, TEXT_TOKENS):
+        said, wanted, kind = _conversation(canvas, rng, turns=int(rng.choice([1, 2, 3], p=[0.85, 0.1, 0.05])))
+        if len(ids) + len(said) > length:
+            break
+        positions += range(prefix, prefix + len(said))
+        ids, labels, kinds = ids + said, labels + wanted, kinds + kind
+        groups += [group] * len(said)
+    rest = length - len(ids)
+    fill = (_ID[PAD], prefix, -1, IGNORED, -1)
+    return [row + [value] * rest for row, value in zip((ids, positions, groups, labels, kinds), fill, strict=True)]
+
+
+def make(seed: list[int], *, size: int, scene: Scene) -> Batch:
+    """The batch that `seed` stands for: the same one whenever it is asked for, so a resumed run sees what it would have seen."""
+    rng = np.random.default_rng(seed)
+    canvases = [compose(rng, split="train", scene=scene, warped=True) for _ in range(size)]
+    values = np.full((size, scene.grid, scene.grid), _NO_DIGIT)
+    colours = np.full((size, scene.grid, scene.grid), len(COLOURS))
+    for index, canvas in enumerate(canvases):
+        for digit in canvas.digits:
+            box = slice(digit.row, digit.row + digit.cells), slice(digit.column, digit.column + digit.cells)
+            values[index][box], colours[index][box] = digit.value, _COLOUR_INDEX[digit.colour]
+    pixels = np.stack([canvas.image for canvas in canvases]).astype(np.float32) / 127.5 - 1.0
+    assert pixels.shape[1] == scene.grid * CELL_PX
+    rows = torch.tensor([_row(canvas, rng, scene.grid**2) for canvas in canvases])
+    ids, positions, groups, labels, kinds = rows.unbind(1)
+    patches = torch.from_numpy(values).flatten(1), torch.from_numpy(colours).flatten(1)
+    return Batch(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), ids, positions, groups, labels, kinds, *patches)

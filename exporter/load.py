@@ -1,0 +1,112 @@
+"""A checkpoint's weights in transformers' own class, complete or not at all."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from sievert.bundle.errors import CheckpointError, InputError, UnsupportedModelError
+from sievert.exporter.architectures import supported
+from sievert.exporter.checkpoint import Checkpoint
+from sievert.exporter.quiet import logger, quiet
+
+DType = Literal["float32", "float16", "bfloat16"]
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch dtype of one of :data:`DType`.
+
+    Raises:
+        InputError: any other name.
+    """
+    if name not in get_args(DType):
+        raise InputError(f"dtype {name!r}: choose {', '.join(get_args(DType))}")
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
+    """The parsed configuration, its tower one of the supported.
+
+    Raises:
+        CheckpointError: a field is missing or of the wrong type.
+        UnsupportedModelError: a part is of a type transformers does not know, or a tower that is not supported.
+    """
+    for part in ("vision_config", "text_config"):
+        kind = (checkpoint.config.get(part) or {}).get("model_type")
+        if kind is not None and kind not in transformers.CONFIG_MAPPING:
+            raise UnsupportedModelError(
+                f"{checkpoint.given}: {part} is of the type {kind!r}, which transformers {transformers.__version__} does not know; "
+                f"Sievert exports {supported()}"
+            )
+    try:
+        with quiet("reading the configuration"):
+            config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+        raise CheckpointError(f"{checkpoint.given}: config.json cannot be used ({error}): download it again") from error
+    tower = getattr(getattr(config, "vision_config", None), "model_type", "none")
+    if tower not in checkpoint.architecture.towers:
+        raise UnsupportedModelError(f"{checkpoint.given}: the vision tower {tower!r} is not supported; Sievert exports {supported()}")
+    return config
+
+
+def take_sliding_window(config: PreTrainedConfig) -> int | None:
+    """Remove a sliding window from a text configuration and return it (in tokens), None if there is none.
+
+    Within its window a layer is purely causal, and Geometry promises no position beyond it. Left in, the window would put a mask
+    that never bites into every graph, and make the cache drop rows.
+    """
+    window: int | None = getattr(config, "sliding_window", None)
+    if window is not None:
+        config.sliding_window = None
+    if getattr(config, "use_sliding_window", False):
+        config.use_sliding_window = False
+    if getattr(config, "layer_types", None):
+        config.layer_types = ["full_attention"] * len(config.layer_types)
+    return window
+
+
+def load_model(checkpoint: Checkpoint, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model on the CPU in evaluation mode, every parameter from the checkpoint.
+
+    Raises:
+        CheckpointError: weights missing, of another shape, unreadable, or not finite.
+    """
+    model_class: Any = getattr(transformers, checkpoint.architecture.model_class)
+    try:
+        with quiet("loading the weights"):
+            model, info = model_class.from_pretrained(
+                checkpoint.folder,
+                config=config,
+                dtype=dtype,
+                attn_implementation="sdpa",
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise CheckpointError(f"{checkpoint.given}: its weights cannot be loaded ({error}): download them again") from error
+    # transformers fills what it does not find with random numbers and goes on.
+    for problem, names in (("lack", info["missing_keys"]), ("have other shapes for", info["mismatched_keys"])):
+        if names:
+            shown = ", ".join(sorted(map(str, names))[:5])
+            raise CheckpointError(
+                f"{checkpoint.given}: the weights {problem} {len(names)} of the model's tensors ({shown}{', ...' if len(names) > 5 else ''}): "
+                "the files are incomplete or of another model"
+            )
+    if info["unexpected_keys"]:
+        logger.warning("%s: the model has no place for %s; left out", checkpoint.given, ", ".join(sorted(info["unexpected_keys"])[:5]))
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise CheckpointError(
+                f"{checkpoint.given}: {name} holds numbers that are not finite in {str(dtype).removeprefix('torch.')}: the file is damaged, "
+                "or the weights need float32 or bfloat16"
+            )
+    loaded: PreTrainedModel = model.eval()
+    return loaded

@@ -1,0 +1,54 @@
+"""The two modules that are traced, put together from parts of the loaded model; parameters are shared, never copied."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from sievert.exporter.architectures import Architecture
+
+
+class VisionEncoder(nn.Module):
+    """Tower and projector: ``pixel_values[B, C, H, W]`` to ``image_features[B, Nv, D]``.
+
+    Concatenates the hidden states after ``layers`` (counted like ``hidden_states``: 0 is the embedding, -1 the last) along the width,
+    each without its ``dropped`` leading rows.
+    """
+
+    def __init__(self, tower: nn.Module, projector: nn.Module, *, layers: Sequence[int], dropped: int) -> None:
+        super().__init__()
+        self.vision_tower = tower
+        self.projector = projector
+        self.layers = tuple(layers)
+        self.dropped = dropped
+
+    def forward(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return ``{"image_features": [B, Nv, D]}``."""
+        hidden_states = self.vision_tower(pixel_values, return_dict=True, output_hidden_states=list(self.layers)).hidden_states
+        hidden = torch.cat([hidden_states[layer][:, self.dropped :] for layer in self.layers], dim=-1)
+        return {"image_features": self.projector(hidden)}
+
+
+def vision_encoder(model: PreTrainedModel, architecture: Architecture) -> VisionEncoder:
+    """The model's vision encoder as one module."""
+    layers = getattr(model.config, architecture.feature_layer)
+    return VisionEncoder(
+        model.get_submodule(architecture.vision_tower),
+        model.get_submodule(architecture.projector),
+        layers=[layers] if isinstance(layers, int) else list(layers),
+        dropped=architecture.leading_dropped[getattr(model.config, architecture.feature_select)],
+    ).eval()
+
+
+def decoder(model: PreTrainedModel, architecture: Architecture) -> PreTrainedModel:
+    """The model's decoder with its head, as the text model's own causal class: embeddings to logits and caches."""
+    config = model.config.get_text_config()
+    with torch.device("meta"):
+        causal: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    # Both classes name the body and the head alike, by convention of all decoders.
+    causal.model = model.get_submodule(architecture.language_model)
+    causal.lm_head = model.get_submodule(architecture.head)
+    return causal.eval()

@@ -1,0 +1,20 @@
+"""Names that the graphs of a bundle go by."""
+
+from __future__ import annotations
+
+from typing import Final
+
+OPSET: Final = 24
+PRODUCER: Final = "sievert"
+BATCH: Final = "batch"
+SEQUENCE: Final = "sequence"
+VISION_ENCODER: Final = "vision_encoder"
+EMBED_TOKENS: Final = "embed_tokens"
+DECODER: Final = "decoder"
+SCOPES: Final = "pkg.torch.onnx.name_scopes"
+"""Metadata key of a node's module path, as the tracer writes it."""
+
+
+def decoder_outputs(depth: int) -> tuple[str, ...]:
+    """Names of the decoder's outputs in order: logits, then the fresh keys and values of each layer."""
+    return ("logits", *(f"present.{layer}.{part}" for layer in range(depth) for part in ("key", "value")))

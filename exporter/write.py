@@ -1,0 +1,97 @@
+"""An exported model to a bundle on disk: weights once, graphs that refer to them, the checkpoint's small files, the manifest."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from sievert.bundle.errors import CheckpointError
+from sievert.bundle.manifest import GraphEntry, Manifest, WeightEntry
+from sievert.bundle.specs import describe_values
+from sievert.bundle.store import Bundle, NewBundle
+from sievert.exporter.export import Exported
+from sievert.exporter.weights import Weight
+
+logger = logging.getLogger(__name__)
+
+ALIGNMENT = 4096
+"""Offsets in the weights file, in bytes: runtimes map pages."""
+
+
+def write_bundle(exported: Exported, path: str | Path, *, force: bool = False, command: str = "export") -> Bundle:
+    """Write a new bundle at ``path``, without variants yet, and open it. ``force`` replaces a bundle that is there.
+
+    Raises:
+        BundleError: the place is taken or cannot be written; nothing is left behind.
+        CheckpointError: a small file of the checkpoint can no longer be read.
+    """
+    with Bundle.create(path, force=force, command=command) as new:
+        for name in exported.files:
+            _copy(exported.folder / name, new.path / name)
+        weights_file, entries = _write_weights(new, exported.weights)
+        graphs = {
+            name: GraphEntry(
+                file=new.add_bytes(name, ".onnx", serialize(model, entries, weights_file)),
+                inputs=describe_values(model.graph.inputs),
+                outputs=describe_values(model.graph.outputs),
+            )
+            for name, model in exported.graphs.items()
+        }
+        manifest = Manifest(
+            source=exported.source,
+            geometry=exported.geometry,
+            weights_file=weights_file,
+            weights=tuple(entries.values()),
+            files={},
+            graphs=graphs,
+        )
+        new.finish(manifest)
+    return Bundle.open(path)
+
+
+def serialize(model: ir.Model, weights: Mapping[str, WeightEntry], weights_file: str) -> bytes:
+    """The graph as bytes of an ONNX file that reads the initializers named in ``weights`` from ``weights_file`` beside it."""
+    model = model.clone()
+    for value in model.graph.initializers.values():
+        entry = weights.get(str(value.name))
+        if entry is not None and value.const_value is not None:
+            value.const_value = ir.ExternalTensor(
+                weights_file, entry.offset, entry.nbytes, value.const_value.dtype, shape=ir.Shape(entry.shape), name=entry.name
+            )
+    return ir.to_proto(model).SerializeToString()
+
+
+def _write_weights(new: NewBundle, weights: tuple[Weight, ...]) -> tuple[str, dict[str, WeightEntry]]:
+    """One tensor in memory at a time; equal bytes of different shapes stand once."""
+    entries: dict[str, WeightEntry] = {}
+    offsets: dict[str, int] = {}
+    path = new.temporary(".data")
+    with path.open("xb") as file:
+        for weight in weights:
+            if weight.sha256 not in offsets:
+                file.write(bytes(-file.tell() % ALIGNMENT))
+                offsets[weight.sha256] = file.tell()
+                weight.tensor.tofile(file)
+            entries[weight.name] = WeightEntry(
+                name=weight.name,
+                dtype=np.dtype(weight.tensor.dtype.numpy()).name,
+                shape=tuple(int(size) for size in weight.tensor.shape),
+                offset=offsets[weight.sha256],
+                nbytes=weight.tensor.nbytes,
+                sha256=weight.sha256,
+            )
+    logger.info("%d tensors in %d bytes of weights", len(offsets), path.stat().st_size)
+    return new.add_file(path, "weights", ".data"), entries
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Content, not links: a hub cache is symbolic links."""
+    try:
+        data = source.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{source} can no longer be read ({error.strerror or error}): export again") from error
+    target.write_bytes(data)

@@ -1,0 +1,148 @@
+"""What an Attention operator asks for, and which of these TensorRT has a kernel for.
+
+Every limit was found with the TensorRT for RTX 1.7 builder, without a GPU, by building both sides of it; the same for each compute
+capability it offers. Full TensorRT shares the parser and the kernels' documentation but was not tried.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import onnx_ir as ir
+
+_FLOAT: Final = ir.DataType.FLOAT
+_HALF: Final = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
+_LARGEST_HEAD: Final = 256
+# One query row: its keys' scores and the row itself must fit the shared memory of a block (exact for every head size tried).
+_ROW_BYTES: Final = 48 << 10
+
+
+@dataclass(frozen=True)
+class AttentionForm:
+    """One Attention operator: q ``[B, H, S, d]``, k ``[B, G, T, d]``, v ``[B, G, T, dv]``; the same numbers when q, k, v are 3-D.
+
+    ``flat``: q, k, v are 3-D. ``scale`` is None where the operator leaves it at ``1/sqrt(d)``. ``mask`` broadcasts to ``[B, H, S, T]``.
+    """
+
+    dtype: ir.DataType
+    batch: int
+    heads: int
+    kv_heads: int
+    query: int
+    keys: int
+    head_size: int
+    value_size: int
+    flat: bool
+    causal: bool
+    scale: float | None
+    softcap: float
+    mask: ir.Value | None
+
+    @property
+    def mask_shape(self) -> tuple[int, ...]:
+        """Shape of the mask, ``()`` where there is none."""
+        return () if self.mask is None else _static_shape(self.mask) or ()
+
+    @property
+    def boolean_mask(self) -> bool:
+        """Whether the mask says which keys may be seen, rather than being added to the scores."""
+        return self.mask is not None and self.mask.dtype == ir.DataType.BOOL
+
+
+def read_attention(node: ir.Node) -> AttentionForm | None:
+    """The form of an Attention node; None where a shape or type it needs is not known."""
+    values = [node.inputs[index] if index < len(node.inputs) else None for index in range(4)]
+    query, key, value, mask = values
+    if query is None or key is None or value is None or query.dtype is None:
+        return None
+    shapes = [_static_shape(operand) for operand in (query, key, value)]
+    if mask is not None and _static_shape(mask) is None:
+        return None
+    heads, kv_heads = node.attributes.get_int("q_num_heads", 0), node.attributes.get_int("kv_num_heads", 0)
+    split = [_split_heads(shape, count) for shape, count in zip(shapes, (heads, kv_heads, kv_heads), strict=True)]
+    q, k, v = split
+    if q is None or k is None or v is None:
+        return None
+    attribute = node.attributes.get("scale")
+    return AttentionForm(
+        dtype=query.dtype,
+        batch=q[0],
+        heads=q[1],
+        kv_heads=k[1],
+        query=q[2],
+        keys=k[2],
+        head_size=q[3],
+        value_size=v[3],
+        flat=len(shapes[0] or ()) == 3,
+        causal=bool(node.attributes.get_int("is_causal", 0)),
+        scale=None if attribute is None else attribute.as_float(),
+        softcap=node.attributes.get_float("softcap", 0.0),
+        mask=mask,
+    )
+
+
+def refuse_kernel(form: AttentionForm) -> str | None:
+    """Why TensorRT has no fused kernel for this form, or None. It builds no other kind of attention from this operator."""
+    head = form.head_size
+    if form.dtype != _FLOAT and form.dtype not in _HALF:
+        return f"no kernel for {form.dtype.name.lower()}"
+    if form.value_size != head:
+        return f"values of head size {form.value_size} with keys of head size {head}"
+    if head > _LARGEST_HEAD:
+        return f"head size {head} above {_LARGEST_HEAD}"
+    if form.query == 1:
+        if form.heads == 1:
+            return "a single head with a single query row"
+        if head % 8:
+            return f"head size {head} with a single query row is no multiple of 8"
+        if (form.keys + head) * form.dtype.itemsize > _ROW_BYTES:
+            longest = _ROW_BYTES // int(form.dtype.itemsize) - head
+            return f"{form.keys} keys with a single query row, above {longest} for head size {head} in {form.dtype.name.lower()}"
+        return None
+    if form.dtype == _FLOAT:
+        return f"float32 with {form.query} query rows: only one row has a kernel"
+    if form.boolean_mask and (head < 16 or head % 8):
+        return f"head size {head} with a boolean mask: needs a multiple of 8 from 16 on"
+    return f"head size {head} below 9" if head < 9 else None
+
+
+def refuse_request(form: AttentionForm) -> str | None:
+    """Why TensorRT's parser refuses what is asked of the kernel, or None; writing the operator out gets rid of these too."""
+    if form.causal and form.mask is not None:
+        return "is_causal together with a mask"
+    if form.mask is not None and not form.boolean_mask and form.mask.dtype != form.dtype:
+        return f"a mask of another type ({form.mask.dtype}) than the query ({form.dtype})"
+    if len(form.mask_shape) == 3:
+        return f"a mask of three axes {form.mask_shape}: the engine reads them as batch, query and key"
+    return None
+
+
+def refuse_decomposition(node: ir.Node, form: AttentionForm) -> str | None:
+    """Why this operator cannot be written out as products and a softmax, or None."""
+    if len(node.outputs) != 1 or any(value is not None for value in node.inputs[4:]):
+        return "it holds a cache, or gives more than one output"
+    if form.flat:
+        return "its queries, keys and values have three axes instead of four"
+    if form.softcap:
+        return "it caps its scores (softcap)"
+    if form.causal and form.query != form.keys:
+        return f"is_causal with {form.query} queries and {form.keys} keys means different things to different engines"
+    if form.mask is not None and (form.mask_shape[-1] != form.keys or not 2 <= len(form.mask_shape) <= 4):
+        return f"its mask {form.mask_shape} does not cover the {form.keys} keys"
+    return None
+
+
+def _split_heads(shape: tuple[int, ...] | None, heads: int) -> tuple[int, int, int, int] | None:
+    """(batch, heads, rows, head size) of a 4-D shape, or of a 3-D one whose last axis holds ``heads`` heads."""
+    if shape is not None and len(shape) == 4:
+        return shape[0], shape[1], shape[2], shape[3]
+    if shape is not None and len(shape) == 3 and heads:
+        return shape[0], heads, shape[1], shape[2] // heads
+    return None
+
+
+def _static_shape(value: ir.Value) -> tuple[int, ...] | None:
+    if value.shape is None or not value.shape.is_static():
+        return None
+    return tuple(int(size) for size in value.shape.numpy())

@@ -1,0 +1,1 @@
+"""The PyTorch reference, the comparison stage by stage, and the verdict."""

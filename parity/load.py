@@ -1,0 +1,45 @@
+"""A checkpoint as the reference: its own weights, rounded as the bundle's are, computed in float32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sievert.bundle.errors import CheckpointError, InputError
+from sievert.bundle.manifest import Manifest
+from sievert.parity.reference import Reference
+
+
+def load_reference(manifest: Manifest, *, model: str | Path | None = None) -> Reference:
+    """The model a bundle was made from, or ``model``: a folder or hub id.
+
+    A 16 bit bundle is judged against its own rounded weights in float32 arithmetic, so that every difference is the engine's.
+
+    Raises:
+        InputError: the manifest's source is gone: say where the model is.
+        CheckpointError: no such model can be loaded, or it is another one than the bundle's.
+    """
+    import transformers
+
+    name = str(model if model is not None else manifest.source.model)
+    # A hub id is `name` or `owner/name`; whatever else is no folder is not asked of the network.
+    if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name):
+        given = "the model to compare with" if model is not None else "the model this bundle was exported from"
+        raise InputError(f"{given} is not at {name!r} any more: pass --model with its folder or hub id")
+    dtype: torch.dtype = getattr(torch, manifest.source.dtype)
+    architecture: Any = transformers.LlavaForConditionalGeneration  # transformers gives `from_pretrained` no useful type
+    try:
+        loaded = architecture.from_pretrained(name, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{name!r} cannot be loaded as the reference: {error}; pass --model with the model's folder") from error
+    text, geometry = loaded.config.text_config, manifest.geometry
+    found = (text.num_hidden_layers, text.hidden_size, text.vocab_size)
+    wanted = (geometry.depth, geometry.width, geometry.vocabulary)
+    if found != wanted:
+        raise CheckpointError(
+            f"{name!r} has {found[0]} layers, width {found[1]} and {found[2]} words, the bundle's model {wanted[0]}, {wanted[1]} and "
+            f"{wanted[2]}: pass --model with the model the bundle was made from"
+        )
+    return Reference(loaded.float(), rounded_to=dtype)

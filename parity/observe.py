@@ -1,0 +1,105 @@
+"""One batch through an engine, taken down row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+from onnx_ir.passes import common as common_passes
+
+from sievert.bundle.store import Bundle
+from sievert.engines.run.files import find_model
+from sievert.engines.run.pipeline import Pipeline
+from sievert.engines.run.prompt import PromptBatch
+from sievert.engines.run.registry import find_runtime
+from sievert.engines.run.slots import IDLE
+from sievert.graph_passes.expose import expose, to_bytes
+from sievert.parity.record import (
+    EMBEDDINGS,
+    LOGITS,
+    VISION,
+    EngineRecord,
+    cache_names,
+    end_cache_names,
+    kept_name,
+    order_name,
+    residual_name,
+    scores_name,
+    step_name,
+)
+from sievert.parity.selectors.registry import reference_selector
+
+
+@dataclass
+class Observation:
+    """What each real row of a batch left behind so far. ``exposed``: inner values of the stages are among it."""
+
+    rows: list[dict[str, NDArray[Any]]]
+    exposed: bool
+
+    def records(self) -> tuple[EngineRecord, ...]:
+        """One record per row."""
+        return tuple(EngineRecord(dict(row), self.exposed) for row in self.rows)
+
+
+def open_pipeline(bundle: Bundle, variant: str, engine: str, *, lowered_for: str = "") -> tuple[Pipeline, bool]:
+    """The variant's graphs on ``engine``, its inner values exposed where the engine reads ONNX; and whether they are."""
+    runtime = find_runtime(engine)
+    stages = bundle.variant(variant).plan.stages
+    if not runtime.reads_onnx or not stages:
+        return Pipeline(bundle, variant, runtime, lowered_for=lowered_for), runtime.reads_onnx
+    names = [residual_name(stage) for stage in range(len(stages))]
+    for number, stage in enumerate(stages):
+        if reference_selector(stage.selector, stage.options).computes:
+            names += [scores_name(number), order_name(number)]
+    model = ir.load(find_model(bundle, variant, "prefill", runtime, lowered_for).path)
+    common_passes.ShapeInferencePass()(model)  # a file need not hold the shapes of inner values; an output needs one
+    content = to_bytes(expose(model, names))
+    return Pipeline(bundle, variant, runtime, lowered_for=lowered_for, prefill_model=content), True
+
+
+def observe_prefill(pipeline: Pipeline, batch: PromptBatch, *, exposed: bool) -> Observation:
+    """Encode and read the prompts."""
+    features = pipeline.encode(batch.pixel_values)
+    result = pipeline.prefill(batch, features)
+    whole: dict[str, NDArray[Any]] = {
+        VISION: features.image_features,
+        EMBEDDINGS: result.inputs_embeds,
+        LOGITS: result.logits,
+        **result.extra,
+        **{kept_name(stage): kept for stage, kept in enumerate(result.kept_index)},
+        **_named(pipeline.caches("prefill"), cache_names),
+    }
+    return Observation([{name: array[row] for name, array in whole.items()} for row in range(batch.rows)], exposed)
+
+
+def observe_tokens(pipeline: Pipeline, observation: Observation, tokens: Sequence[Sequence[int]]) -> None:
+    """Feed ``tokens[row]`` after the prompts that were just read, and add logits and caches to ``observation``.
+
+    Where decode has slots of its own, rows take them from the last to the first, a slotful at a time.
+    """
+    slots = pipeline.profile.decode_batch
+    shared = pipeline.profile.batch == slots
+    for start in range(0, len(tokens), slots):
+        group = range(start, min(start + slots, len(tokens)))
+        slot_of = {row: row if shared else slots - 1 - (row - start) for row in group}
+        for row, slot in slot_of.items():
+            pipeline.fill(slot, row)
+        for step in range(len(tokens[start])):
+            fed = np.full(slots, IDLE, np.int64)
+            for row, slot in slot_of.items():
+                fed[slot] = tokens[row][step]
+            logits = pipeline.decode(fed)
+            for row, slot in slot_of.items():
+                observation.rows[row][step_name(step)] = logits[slot].copy()
+        caches = _named(pipeline.caches("decode"), end_cache_names)
+        for row, slot in slot_of.items():
+            observation.rows[row] |= {name: array[slot] for name, array in caches.items()}
+
+
+def _named(caches: Sequence[tuple[NDArray[Any], NDArray[Any]]], names: Any) -> Mapping[str, NDArray[Any]]:
+    return {name: array for layer, pair in enumerate(caches) for name, array in zip(names(layer), pair, strict=True)}
