@@ -10,11 +10,12 @@ EXTRAS ?= cpu,tensorrt-rtx,dev
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed.stamp
 
-.PHONY: help demo test lint types links accuracy clean
+.PHONY: help demo test test-all lint types links accuracy clean
 
 help:
 	@echo "make demo      export, prune, build, check and ask the shipped model"
 	@echo "make test      run the tests that need no GPU"
+	@echo "make test-all  the same, and all pairs where the tests take a covering choice (long)"
 	@echo "make lint      ruff: rules and formatting"
 	@echo "make types     mypy --strict"
 	@echo "make links     refresh what type checkers see, after adding a file to api/"

@@ -55,7 +55,9 @@ class Checked:
         return combine([report.verdict for outcome in self.outcomes for report in outcome.reports])
 
     def exit_code(self, *, strict: bool = False) -> int:
-        """0; 1 for FAIL; 3 for AMBIGUOUS under ``strict``."""
+        """0; 1 for FAIL; under ``strict`` 3 for AMBIGUOUS, and where nothing ran at all."""
+        if strict and self.verdict is Verdict.NOT_RUN:
+            return 3
         return exit_code(self.verdict, strict=strict)
 
     def to_json(self) -> dict[str, Any]:

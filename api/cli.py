@@ -44,8 +44,8 @@ class _Commands(TyperGroup):
             return super().invoke(ctx)
         except SievertError as error:
             if debug:
-                raise
-            screen.error(str(error))
+                traceback.print_exc()
+            screen.error(" ".join([str(error), *getattr(error, "__notes__", ())]))
             raise typer.Exit(BAD_INPUT) from error
         except KeyboardInterrupt as error:
             screen.error("nothing half-written was left behind; what was finished before stays", kind="interrupted")

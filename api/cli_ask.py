@@ -36,6 +36,8 @@ def check(
     from sievert.checking import check as judge
 
     screen = Screen()
+    if report is not None:
+        _require_folder(report)
     with screen.progress() as progress:
         checked = judge(
             bundle,
@@ -51,7 +53,7 @@ def check(
     for outcome in checked.outcomes:
         for each in outcome.reports:
             if each.samples:
-                screen.show(each.table())
+                screen.show(tables.stage_table(each))
                 screen.show()
     screen.show(tables.verdict_table(checked))
     for line in tables.verdict_lines(checked):
@@ -83,6 +85,8 @@ def run(
 
     if show_kept is not None and show_kept.suffix.lower() != ".png":
         raise InputError(f"--show-kept {show_kept}: give a file name that ends in .png")
+    if show_kept is not None:
+        _require_folder(show_kept)
     screen = Screen()
     speaker = _Speaker(screen, prompt)
     with screen.progress() as progress:
@@ -102,7 +106,9 @@ def run(
         )
     for line in _summary(found):
         screen.note(f"[dim]{line}[/]")
-    if show_kept is not None:
+    if show_kept is None:
+        screen.note("[dim]To see what was kept, add: --show-kept kept.png[/]")
+    else:
         from io import BytesIO
 
         from sievert.drawing import draw_answers
@@ -154,6 +160,15 @@ def _summary(found: Answers) -> list[str]:
     if cut := [answer.prompt for answer in found.answers if answer.finish == "length"]:
         lines.append(f"{len(cut)} of {len(found.answers)} answers reached the maximum and stop there")
     return lines
+
+
+def _require_folder(path: Path) -> None:
+    """Refuse a place for a result before the work that makes it."""
+    from sievert.bundle.errors import InputError
+
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        reason = "it is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+        raise InputError(f"{path} cannot be written ({reason}): give another place")
 
 
 def _write(path: Path, data: bytes) -> None:

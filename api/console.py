@@ -41,8 +41,8 @@ class Screen:
         self._out.print(what, soft_wrap=isinstance(what, str))
 
     def write(self, text: str, *, end: str = "\n") -> None:
-        """Write text as it is, at once: what a model says is no markup."""
-        self._out.print(text, end=end, markup=False, highlight=False, emoji=False, soft_wrap=True)
+        """Write text as it is, at once: what a model says is no markup, and gives no orders to a terminal."""
+        self._out.print(text.replace("\x1b", ""), end=end, markup=False, highlight=False, emoji=False, soft_wrap=True)
         self._out.file.flush()
 
     def note(self, text: str) -> None:
@@ -127,7 +127,8 @@ def configure_output(*, verbosity: int) -> None:
     if verbosity < 2:
         os.environ.update({name: value for name, value in _SILENT.items() if name not in os.environ})
         warnings.simplefilter("ignore")
-        root.addHandler(logging.NullHandler())  # else Python prints what libraries warn about
+        if not root.handlers:
+            root.addHandler(logging.NullHandler())  # else Python prints what libraries warn about
         ours.addHandler(handler)
     else:
         root.addHandler(handler)

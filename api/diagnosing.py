@@ -66,7 +66,7 @@ def doctor() -> Diagnosis:
         python=platform.python_version(),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         memory_gib=_memory_gib(),
-        gpu="" if gpu is None else str(gpu),
+        gpu="" if gpu is None else f"{gpu.name}, compute capability {gpu.capability}, {gpu.memory_mib} MiB",
         packages={name: version for name in _PACKAGES if (version := _version(name))},
         engines=inspect_engines(),
     )

@@ -48,8 +48,10 @@ def draw_kept(picture: Image.Image, grid: tuple[int, int], rows: Sequence[Row]) 
     pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=_TEXT)
     for number, row in enumerate(rows):
         top = _MARGIN + number * row_height
-        heading = f"{row.question}   {row.answer}" if row.answer else row.question
-        pen.text((_MARGIN, top), _shorten(heading, canvas.width - 2 * _MARGIN, font), fill=_INK, font=font)
+        question = _shorten(row.question, canvas.width // 2, font)
+        pen.text((_MARGIN, top), question, fill=_INK, font=font)
+        left = 2 * _MARGIN + round(font.getlength(question))
+        pen.text((left, top), _shorten(row.answer, canvas.width - _MARGIN - left, font), fill=_LINE, font=font)
         shown = [("what the model sees", big), *((panel.caption, _dim(big, grid, panel.kept)) for panel in row.panels)]
         for place, (caption, image) in enumerate(shown):
             left = _MARGIN + place * (width + _MARGIN)

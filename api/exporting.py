@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sievert.building import Built, build_variant, require_builders
 from sievert.bundle.create import check_place
-from sievert.bundle.errors import VariantError
-from sievert.bundle.names import check_variant_name
+from sievert.bundle.errors import SievertError
 from sievert.bundle.plan import Plan, PositionPolicy
 from sievert.bundle.specs import Geometry
 from sievert.planning import FULL, Cut, describe_profile, make_plan, make_profile, name_variant
 from sievert.progress import Progress, Size, silent
-from sievert.pruning import Made, add
+from sievert.pruning import Made, add, check_name
 
 if TYPE_CHECKING:
     from sievert.exporter.load import DType
@@ -64,8 +65,7 @@ def export(
     target = Path(out) if str(out) else default_place(model)
     require_builders(engines)
     check_place(target.expanduser().resolve(), force=force)
-    progress("reading the configuration")
-    geometry = read_geometry(model)
+    geometry = read_geometry(model, progress=progress)
     profile = make_profile(geometry, batch=batch, decode_batch=decode_batch, max_text=max_text, max_new_tokens=max_new_tokens)
     plans = name_plans(geometry, cuts, positions=positions, name=name)
     progress("tracing the model")
@@ -74,8 +74,13 @@ def export(
     command = f"export {model} --dtype {dtype} {describe_profile(profile)}"
     bundle = write_bundle(exported, target.expanduser(), force=force, command=command)
     del exported  # the weights: gigabytes that engines are built without
-    made = [add(bundle, plan=plan, profile=profile, name=each, force=False, progress=progress) for each, plan in plans.items()]
-    built = [build_variant(bundle, each, engine, progress=progress) for each in plans for engine in engines]
+    try:
+        made = [add(bundle, plan=plan, profile=profile, name=each, force=False, progress=progress) for each, plan in plans.items()]
+        built = [build_variant(bundle, each, engine, progress=progress) for each in plans for engine in engines]
+    except SievertError as error:
+        there = ", ".join(sorted(bundle.manifest.variants)) or "none"
+        error.add_note(f"The bundle {target} stays (variants: {there}): go on with `sievert prune` and `sievert build`.")
+        raise
     return ExportResult(bundle.path, tuple(made), tuple(built))
 
 
@@ -84,16 +89,42 @@ def default_place(model: str | Path) -> Path:
     return Path(f"{Path(model).expanduser().resolve().name or 'model'}-bundle")
 
 
-def read_geometry(model: str | Path) -> Geometry:
-    """The numbers of a model, from its small files. Raises as :func:`export` does for checkpoints."""
+def read_geometry(model: str | Path, *, progress: Progress = silent) -> Geometry:
+    """The numbers of a model, from its small files; a hub id is downloaded. Raises as :func:`export` does for checkpoints."""
     from sievert.exporter.checkpoint import open_checkpoint
     from sievert.exporter.export import DOWNLOADS
     from sievert.exporter.geometry import read_geometry as read
     from sievert.exporter.load import load_config, take_sliding_window
 
-    checkpoint = open_checkpoint(model, downloads=DOWNLOADS)
+    hub = str(model).count("/") == 1 and not Path(model).expanduser().exists()
+    with contextlib.nullcontext() if not hub else _growing(DOWNLOADS.expanduser(), f"downloading {model}", progress):
+        checkpoint = open_checkpoint(model, downloads=DOWNLOADS)
+    progress("reading the configuration")
     config = load_config(checkpoint)
     return read(checkpoint, config, window=take_sliding_window(config.get_text_config()))
+
+
+@contextlib.contextmanager
+def _growing(folder: Path, what: str, progress: Progress) -> Iterator[None]:
+    """Tell how much has been added to ``folder`` while the block runs."""
+
+    def size() -> int:
+        return sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
+
+    def watch() -> None:
+        while not ended.wait(1):
+            with contextlib.suppress(FileNotFoundError):  # a part that was just renamed
+                progress(f"{what}: {max(0, size() - before) / 2**20:.0f} MiB")
+
+    ended, before = threading.Event(), size()
+    progress(what)
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()
 
 
 def name_plans(geometry: Geometry, cuts: Sequence[Cut], *, positions: PositionPolicy, name: str) -> dict[str, Plan]:
@@ -106,17 +137,6 @@ def name_plans(geometry: Geometry, cuts: Sequence[Cut], *, positions: PositionPo
     plans = {FULL: Plan()}
     if cuts:
         plan = make_plan(geometry, cuts, positions=positions)
-        check_pruned_name(chosen := name or name_variant(plan))
+        check_name(chosen := name or name_variant(plan), plan)
         plans[chosen] = plan
     return plans
-
-
-def check_pruned_name(name: str) -> None:
-    """Refuse a name for a pruned variant.
-
-    Raises:
-        VariantError: ``full``, or a name that cannot name a variant.
-    """
-    check_variant_name(name)
-    if name == FULL:
-        raise VariantError(f"{FULL!r} names the unpruned variant that every bundle has: choose another name")

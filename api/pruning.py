@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sievert.bundle.errors import VariantError
 from sievert.bundle.manifest import Variant
+from sievert.bundle.names import check_variant_name
 from sievert.bundle.plan import Plan, PositionPolicy
 from sievert.bundle.profile import Profile
 from sievert.bundle.store import Bundle
@@ -60,7 +62,23 @@ def prune(
         max_text=defaults.max_text if max_text == "auto" else max_text,
         max_new_tokens=defaults.max_new_tokens if max_new_tokens == "auto" else max_new_tokens,
     )
-    return add(opened, plan=plan, profile=profile, name=name or name_variant(plan), force=force, progress=progress)
+    chosen = name or name_variant(plan)
+    check_name(chosen, plan)
+    opened.require_new_variant(chosen, force=force)
+    if full is None and chosen != FULL:  # an export was interrupted before it came to that
+        add(opened, plan=Plan(), profile=profile, name=FULL, force=False, progress=progress)
+    return add(opened, plan=plan, profile=profile, name=chosen, force=force, progress=progress)
+
+
+def check_name(name: str, plan: Plan) -> None:
+    """Refuse a variant's name, before any work is done.
+
+    Raises:
+        VariantError: it cannot name a variant, or it is ``full`` for a plan that prunes.
+    """
+    check_variant_name(name)
+    if name == FULL and plan.stages:
+        raise VariantError(f"{FULL!r} names the unpruned variant that every bundle has: choose another name")
 
 
 def add(bundle: Bundle, *, plan: Plan, profile: Profile, name: str, force: bool, progress: Progress) -> Made:

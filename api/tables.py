@@ -99,6 +99,18 @@ def verdict_table(checked: Checked) -> Table:
     return table
 
 
+def stage_table(report: Report) -> Table:
+    """What was compared, stage by stage in the order the model computes."""
+    files = f" (files lowered for {report.lowered_for})" if report.lowered_for else ""
+    numbers = ("compared", "max abs", "allowed", "cosine")
+    table = make_table(f"{report.variant} on {report.engine}{files}", "stage", "verdict", *numbers, "note", numbers=numbers)
+    for stage in report.stages:
+        worst = stage.worst
+        shown = ("", "", "") if worst is None else (f"{worst.max_abs:.1e}", f"{worst.allowed:.1e}", f"{worst.cosine:.6f}")
+        table.add_row(stage.stage, coloured(stage.verdict.value), str(stage.comparisons), *shown, escape(stage.note))
+    return table
+
+
 def verdict_lines(checked: Checked) -> list[str]:
     """Why a verdict is not PASS, and the verdict over all, each on its own line."""
     lines = []
@@ -107,12 +119,11 @@ def verdict_lines(checked: Checked) -> list[str]:
             if report.verdict.value != "PASS":
                 what = _describe_report(outcome, report)
                 lines.append(f"{coloured(report.verdict.value)} {outcome.variant} on {what}: {escape(report.reason)}")
-    made_up = any(report.synthetic for outcome in checked.outcomes for report in outcome.reports)
-    if made_up:
+    reports = [report for outcome in checked.outcomes for report in outcome.reports]
+    if any(report.synthetic for report in reports):
         lines.append("[dim]The samples were made up: they prove numerics, and say nothing about answers. Give your own with --data[/]")
-    passed = sum(report.verdict.value == "PASS" for outcome in checked.outcomes for report in outcome.reports)
-    total = sum(len(outcome.reports) for outcome in checked.outcomes)
-    lines.append(f"{coloured(checked.verdict.value)} in all: {passed} of {total} comparisons passed")
+    counts = [f"{sum(report.verdict.value == verdict for report in reports)} {verdict}" for verdict in _COLOURS]
+    lines.append(f"{coloured(checked.verdict.value)} over all that ran: {', '.join(count for count in counts if count[0] != '0')}")
     return lines
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import errors, snapshot_download
+from huggingface_hub.errors import HFValidationError, XetDownloadError
 
 from sievert.bundle.errors import CheckpointError, UnsupportedModelError
 from sievert.exporter.architectures import ARCHITECTURES, Architecture, supported
@@ -33,6 +33,7 @@ SMALL_FILES = (
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HTTP_ERROR: type[Exception] = vars(errors)["HTTPError"]  # of whichever HTTP library the hub uses; not in its typed names
 _LIMIT = 64 << 20  # a tokenizer of a quarter million words takes some 30 MB
 
 
@@ -57,14 +58,17 @@ def open_checkpoint(model: str | Path, *, downloads: Path) -> Checkpoint:
         UnsupportedModelError: a checkpoint of something Sievert does not export.
     """
     given = str(model)
-    folder = Path(model).expanduser()
+    try:
+        folder = Path(model).expanduser()
+    except RuntimeError:  # ~somebody who is not there
+        folder = Path(model)
     if folder.is_dir():
         return _checked(given, folder)
     if folder.exists():
         raise CheckpointError(f"{given} is a file: give the folder that holds config.json and the .safetensors files")
     if isinstance(model, Path) or not _HUB_ID.fullmatch(given):
         raise CheckpointError(f"{given} does not exist: give a checkpoint folder, or a hub id such as llava-hf/llava-1.5-7b-hf")
-    folder = downloads.expanduser() / given.replace("/", "--")
+    folder = downloads.expanduser() / given
     _download(given, folder, SMALL_FILES)
     _judge(given, folder)
     _download(given, folder, _WEIGHTS)
@@ -75,7 +79,7 @@ def _download(given: str, folder: Path, patterns: tuple[str, ...]) -> None:
     try:
         # local_dir: plain files. The hub's own cache is symbolic links, which ONNX's libraries refuse.
         snapshot_download(given, local_dir=folder, allow_patterns=list(patterns), ignore_patterns=["*/*"])
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+    except (_HTTP_ERROR, HFValidationError, XetDownloadError, OSError) as error:
         raise CheckpointError(
             f"{given} is no local folder and could not be downloaded from the hub ({_first_line(error)}): "
             "check the spelling, the network, and that you may read it"
@@ -98,7 +102,7 @@ def _checked(given: str, folder: Path) -> Checkpoint:
 def _judge(given: str, folder: Path) -> tuple[dict[str, Any], Architecture]:
     """Refuse by the configuration files alone."""
     if (folder / "sievert.json").exists():
-        raise CheckpointError(f"{given} is a Sievert bundle, not a checkpoint: give the folder it was exported from, or use `sievert prune`")
+        raise CheckpointError(f"{given} is a Sievert bundle, not a checkpoint: give the folder it was made from, or use `sievert prune`")
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{given} holds no config.json, so it is no checkpoint: give the folder that save_pretrained wrote")
     for path in sorted(folder.glob("*.json")):

@@ -6,6 +6,7 @@ import onnx_ir as ir
 from onnxscript import GraphBuilder
 
 from sievert.exporter.names import BATCH, EMBED_TOKENS, OPSET, PRODUCER, SEQUENCE
+from sievert.exporter.weights import static_shape
 
 
 def build_embed_tokens(embedding: ir.TensorProtocol, *, name: str, visual_tokens: int) -> ir.Model:
@@ -14,7 +15,7 @@ def build_embed_tokens(embedding: ir.TensorProtocol, *, name: str, visual_tokens
     Rows of the embedding table ``embedding[V, D]`` (initializer ``name``), then image features over the rows ``visual_index`` of each
     prompt. The ids of those rows only need to lie inside the table.
     """
-    rows, width = (int(size) for size in embedding.shape)
+    rows, width = static_shape(embedding)
     dtype = embedding.dtype
     input_ids = ir.val("input_ids", ir.DataType.INT64, (BATCH, SEQUENCE))
     image_features = ir.val("image_features", dtype, (BATCH, visual_tokens, width))

@@ -11,12 +11,12 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes import InPlacePass
 from onnx_ir.passes import common as common_passes
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from sievert.bundle.manifest import Source
 from sievert.bundle.specs import Geometry
 from sievert.exporter.architectures import Architecture
-from sievert.exporter.checkpoint import open_checkpoint
+from sievert.exporter.checkpoint import Checkpoint, open_checkpoint
 from sievert.exporter.confirm import confirm_decoder, confirm_interface
 from sievert.exporter.embed import build_embed_tokens
 from sievert.exporter.geometry import read_geometry
@@ -53,6 +53,29 @@ class Exported:
     files: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Examined:
+    """A checkpoint that can be exported as far as its small files tell; ``config`` is what its model will be built from."""
+
+    checkpoint: Checkpoint
+    config: PreTrainedConfig
+    geometry: Geometry
+
+
+def examine_checkpoint(model: str | Path, *, downloads: Path = DOWNLOADS) -> Examined:
+    """Everything that can be said of a checkpoint before its weights are read, in about a second; a hub id is downloaded.
+
+    Raises:
+        CheckpointError: no checkpoint, or one that is incomplete or unsafe to read.
+        UnsupportedModelError: a model that is not exported; the message names the reason.
+    """
+    checkpoint = open_checkpoint(model, downloads=downloads)
+    config = load_config(checkpoint)
+    text = config.get_text_config()
+    check_decoder(text, checkpoint.architecture, given=checkpoint.given)
+    return Examined(checkpoint, config, read_geometry(checkpoint, config, window=take_sliding_window(text)))
+
+
 def export_model(model: str | Path, *, dtype: DType = "float32", downloads: Path = DOWNLOADS) -> Exported:
     """Trace a checkpoint: a local folder, or a hub id that is downloaded below ``downloads`` first.
 
@@ -68,11 +91,8 @@ def export_model(model: str | Path, *, dtype: DType = "float32", downloads: Path
         GraphError: tracing gave a graph without the structure the passes need.
     """
     precision = torch_dtype(dtype)
-    checkpoint = open_checkpoint(model, downloads=downloads)
-    config = load_config(checkpoint)
-    text = config.get_text_config()
-    check_decoder(text, checkpoint.architecture, given=checkpoint.given)
-    geometry = read_geometry(checkpoint, config, window=take_sliding_window(text))
+    examined = examine_checkpoint(model, downloads=downloads)
+    checkpoint, config, geometry = examined.checkpoint, examined.config, examined.geometry
     logger.info("loading %s as %s", checkpoint.given, dtype)
     loaded = load_model(checkpoint, config, precision)
     graphs, binder = {}, WeightBinder(loaded.state_dict())
@@ -87,7 +107,7 @@ def export_model(model: str | Path, *, dtype: DType = "float32", downloads: Path
         architecture=checkpoint.architecture.model_class,
         family=checkpoint.architecture.name,
         vision=config.vision_config.model_type,
-        text=text.model_type,
+        text=config.get_text_config().model_type,
         dtype=dtype,
     )
     return Exported(graphs, binder.weights, geometry, source, tuple(loaded.state_dict()), checkpoint.folder, checkpoint.files)
@@ -102,7 +122,7 @@ def _vision_encoder(loaded: PreTrainedModel, architecture: Architecture, geometr
 
 
 def _embed_tokens(loaded: PreTrainedModel, architecture: Architecture, geometry: Geometry, _: torch.dtype) -> ir.Model:
-    table = loaded.get_submodule(architecture.language_model).get_input_embeddings().weight
+    table = loaded.get_submodule(architecture.embedding).get_parameter("weight")
     return build_embed_tokens(parameter_tensor(table, "table"), name="table", visual_tokens=geometry.visual_tokens)
 
 

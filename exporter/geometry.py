@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import transformers
 from PIL import Image
-from transformers import AutoProcessor, GenerationConfig, PreTrainedConfig, ProcessorMixin
+from transformers import GenerationConfig, PreTrainedConfig
 
 from sievert.bundle.errors import CheckpointError, UnsupportedModelError
 from sievert.bundle.specs import Geometry
@@ -37,7 +38,9 @@ def read_geometry(checkpoint: Checkpoint, config: PreTrainedConfig, *, window: i
     positions = text.max_position_embeddings if window is None else min(text.max_position_embeddings, window)
     if positions <= visual + 1:
         limit = "sliding window" if window == positions else "position table"
-        raise UnsupportedModelError(f"{given}: one image takes {visual} tokens, but the decoder's {limit} ends at {positions}: no prompt fits")
+        raise UnsupportedModelError(
+            f"{given}: an image takes {visual} tokens but the decoder's {limit} ends at {positions}: no prompt fits"
+        )
     image_token: int = config.image_token_id
     if not 0 <= image_token < text.vocab_size:
         raise CheckpointError(
@@ -75,10 +78,11 @@ def _one_size(value: Any, name: str, given: str) -> int:
     return int(sides.pop())
 
 
-def _load_processor(checkpoint: Checkpoint) -> ProcessorMixin:
+def _load_processor(checkpoint: Checkpoint) -> Any:
+    auto: Any = transformers.AutoProcessor
     try:
         with quiet("loading the processor"):
-            processor = AutoProcessor.from_pretrained(checkpoint.folder, trust_remote_code=False, local_files_only=True)
+            processor = auto.from_pretrained(checkpoint.folder, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{checkpoint.given}: its processor cannot be loaded ({error}): add the processor and tokenizer files of the model it came from"
@@ -92,7 +96,7 @@ def _load_processor(checkpoint: Checkpoint) -> ProcessorMixin:
 
 
 def _check_processor(
-    processor: ProcessorMixin, *, given: str, size: tuple[int, int, int], image_token: int, visual: int, text: PreTrainedConfig
+    processor: Any, *, given: str, size: tuple[int, int, int], image_token: int, visual: int, text: PreTrainedConfig
 ) -> None:
     """Run the processor on a blank image: what it makes must be what the model takes."""
     tokenizer = processor.tokenizer

@@ -46,7 +46,7 @@ def load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
             )
     try:
         with quiet("reading the configuration"):
-            config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False, local_files_only=True)
+            config: PreTrainedConfig = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
         raise CheckpointError(f"{checkpoint.given}: config.json cannot be used ({error}): download it again") from error
     tower = getattr(getattr(config, "vision_config", None), "model_type", "none")
@@ -97,7 +97,7 @@ def load_model(checkpoint: Checkpoint, config: PreTrainedConfig, dtype: torch.dt
         if names:
             shown = ", ".join(sorted(map(str, names))[:5])
             raise CheckpointError(
-                f"{checkpoint.given}: the weights {problem} {len(names)} of the model's tensors ({shown}{', ...' if len(names) > 5 else ''}): "
+                f"{checkpoint.given}: the weights {problem} {len(names)} of the model's tensors, such as {shown}: "
                 "the files are incomplete or of another model"
             )
     if info["unexpected_keys"]:
@@ -105,8 +105,8 @@ def load_model(checkpoint: Checkpoint, config: PreTrainedConfig, dtype: torch.dt
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             raise CheckpointError(
-                f"{checkpoint.given}: {name} holds numbers that are not finite in {str(dtype).removeprefix('torch.')}: the file is damaged, "
-                "or the weights need float32 or bfloat16"
+                f"{checkpoint.given}: {name} holds numbers that are not finite in {str(dtype).removeprefix('torch.')}: "
+                "the file is damaged, or the weights need float32 or bfloat16"
             )
     loaded: PreTrainedModel = model.eval()
     return loaded

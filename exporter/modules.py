@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from sievert.exporter.architectures import Architecture
 
@@ -46,9 +48,11 @@ def vision_encoder(model: PreTrainedModel, architecture: Architecture) -> Vision
 def decoder(model: PreTrainedModel, architecture: Architecture) -> PreTrainedModel:
     """The model's decoder with its head, as the text model's own causal class: embeddings to logits and caches."""
     config = model.config.get_text_config()
+    auto: Any = transformers.AutoModelForCausalLM
     with torch.device("meta"):
-        causal: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        causal = auto.from_config(config, trust_remote_code=False)
     # Both classes name the body and the head alike, by convention of all decoders.
     causal.model = model.get_submodule(architecture.language_model)
     causal.lm_head = model.get_submodule(architecture.head)
-    return causal.eval()
+    module: PreTrainedModel = causal.eval()
+    return module

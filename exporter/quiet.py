@@ -7,10 +7,12 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
-from transformers.utils import logging as transformers_logging
+from transformers.utils import logging as _transformers_logging
 
 logger = logging.getLogger(__name__)
+transformers_logging: Any = _transformers_logging  # untyped
 
 _NOISY = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
 

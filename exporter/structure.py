@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
-from transformers import AutoModel, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from sievert.bundle.errors import UnsupportedModelError
 from sievert.exporter.architectures import Architecture, supported
@@ -83,9 +84,10 @@ def _layer_reason(layer: nn.Module) -> str | None:
 
 
 def _build_without_weights(config: PreTrainedConfig) -> Any:
+    auto: Any = transformers.AutoModel
     try:
         with quiet("building the decoder without weights"), torch.device("meta"):
-            return AutoModel.from_config(config, trust_remote_code=False)
+            return auto.from_config(config, trust_remote_code=False)
     except (ValueError, ImportError, NotImplementedError, RuntimeError) as error:
         logger.debug("building %s without weights: %s", config.model_type, error)
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -25,14 +26,15 @@ def trace(module: torch.nn.Module, inputs: Mapping[str, torch.Tensor], axes: Map
     # Here: importing them takes seconds, and a refusal must not wait for it.
     with quiet(f"importing the exporter for {what}"):
         from torch.onnx import OnnxExporterError
-        from transformers.exporters import OnnxConfig, OnnxExporter
+        from transformers import exporters
 
+    library: Any = exporters  # untyped, and its names are made on demand
     dims = {name: torch.export.Dim(name) for name in sorted({axis for names in axes.values() for axis in names})}
     shapes = {name: {place: dims[axis] for place, axis in enumerate(names)} for name, names in axes.items()}
-    config = OnnxConfig(dynamic=True, dynamic_shapes=shapes, opset_version=TRACED_OPSET)
+    config = library.OnnxConfig(dynamic=True, dynamic_shapes=shapes, opset_version=TRACED_OPSET)
     with quiet(f"tracing {what}"):
         try:
-            exported = OnnxExporter().export(module, dict(inputs), config=config)
+            exported = library.OnnxExporter().export(module, dict(inputs), config=config)
         except (OnnxExporterError, torch._dynamo.exc.UserError) as error:
             raise GraphError(f"{what} could not be traced with symbolic {', '.join(dims)}: {error}") from error
     model: ir.Model = exported.program

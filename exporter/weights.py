@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 import torch
-from onnx_ir.tensor_adapters import TorchTensor, to_torch_dtype
+from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype
 
 from sievert.exporter.names import SCOPES
 
@@ -68,7 +68,7 @@ class WeightBinder:
     def _weight(self, graph_name: str, value: ir.Value) -> Weight:
         tensor = value.const_value
         assert tensor is not None  # noqa: S101 - bind has looked
-        digest, shape = _digest(tensor), tuple(int(size) for size in tensor.shape)
+        digest, shape = _digest(tensor), static_shape(tensor)
         key = (tensor.dtype, digest, shape)
         if key not in self._weights:
             self._weights[key] = self._find(graph_name, value, tensor, digest, shape)
@@ -97,6 +97,11 @@ def parameter_tensor(parameter: torch.Tensor, name: str) -> ir.TensorProtocol:
     return TorchTensor(parameter.detach(), name=name)
 
 
+def static_shape(tensor: ir.TensorProtocol) -> tuple[int, ...]:
+    """The shape as plain numbers."""
+    return tuple(size for size in tensor.shape if isinstance(size, int))
+
+
 def _lazy(parameter: torch.Tensor, name: str, *, transposed: bool, shape: tuple[int, ...], dtype: ir.DataType) -> ir.TensorProtocol:
     if not transposed and tuple(parameter.shape) == shape:
         return parameter_tensor(parameter, name)
@@ -118,12 +123,7 @@ def _scope(value: ir.Value) -> str:
 
 
 def _dtype(tensor: torch.Tensor) -> ir.DataType:
-    return next(dtype for dtype in _DTYPES if to_torch_dtype(dtype) == tensor.dtype)
-
-
-_DTYPES = tuple(
-    getattr(ir.DataType, name) for name in ("FLOAT", "FLOAT16", "BFLOAT16", "DOUBLE", "INT64", "INT32", "INT8", "UINT8", "BOOL")
-)
+    return from_torch_dtype(tensor.dtype)
 
 
 def _digest(tensor: torch.Tensor | ir.TensorProtocol) -> str:

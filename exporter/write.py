@@ -14,7 +14,7 @@ from sievert.bundle.manifest import GraphEntry, Manifest, WeightEntry
 from sievert.bundle.specs import describe_values
 from sievert.bundle.store import Bundle, NewBundle
 from sievert.exporter.export import Exported
-from sievert.exporter.weights import Weight
+from sievert.exporter.weights import Weight, static_shape
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,8 @@ def serialize(model: ir.Model, weights: Mapping[str, WeightEntry], weights_file:
             value.const_value = ir.ExternalTensor(
                 weights_file, entry.offset, entry.nbytes, value.const_value.dtype, shape=ir.Shape(entry.shape), name=entry.name
             )
-    return ir.to_proto(model).SerializeToString()
+    data: bytes = ir.to_proto(model).SerializeToString()
+    return data
 
 
 def _write_weights(new: NewBundle, weights: tuple[Weight, ...]) -> tuple[str, dict[str, WeightEntry]]:
@@ -75,11 +76,11 @@ def _write_weights(new: NewBundle, weights: tuple[Weight, ...]) -> tuple[str, di
             if weight.sha256 not in offsets:
                 file.write(bytes(-file.tell() % ALIGNMENT))
                 offsets[weight.sha256] = file.tell()
-                weight.tensor.tofile(file)
+                file.write(weight.tensor.tobytes())
             entries[weight.name] = WeightEntry(
                 name=weight.name,
                 dtype=np.dtype(weight.tensor.dtype.numpy()).name,
-                shape=tuple(int(size) for size in weight.tensor.shape),
+                shape=static_shape(weight.tensor),
                 offset=offsets[weight.sha256],
                 nbytes=weight.tensor.nbytes,
                 sha256=weight.sha256,

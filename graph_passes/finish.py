@@ -54,7 +54,7 @@ class FixShapes(ir.passes.InPlacePass):
         named = [value for node in model.graph for value in node.outputs if str(value.name).startswith(NAMED)]
         model.graph.outputs.extend(named)
         modified = False
-        # Folding proceeds in rounds: a folded shape may make the next shape known.
+        # In rounds: a folded shape may make the next shape known, a removed identity the next constant.
         for _ in range(_ROUNDS):
             folded = optimizer.fold_constants_ir(
                 model,
@@ -63,11 +63,15 @@ class FixShapes(ir.passes.InPlacePass):
                 output_size_limit=_FOLD_ELEMENTS,
                 should_fold=_should_fold,
             )
-            if not folded.modified:
+            cleaned = _CLEAN_UP(model)
+            if not (folded.modified or cleaned.modified):
                 break
             modified = True
-        modified = _CLEAN_UP(model).modified or modified
-        del model.graph.outputs[len(model.graph.outputs) - len(named) :]
+        for _ in named:
+            model.graph.outputs.pop()
+        for name, value in list(model.graph.initializers.items()):
+            if not value.uses() and not value.is_graph_output():  # a named value that turned out constant
+                del model.graph.initializers[name]
         return ir.passes.PassResult(model, modified=modified)
 
     def ensures(self, model: ir.Model) -> None:

@@ -27,14 +27,17 @@ class Tolerances:
 
 
 TOLERANCES: Mapping[str, Tolerances] = {
+    # Logits: what the project accepts. Measured on small random models, a tenth of it or less at every stage.
     "float32": Tolerances(
         vision=1e-4, embeddings=1e-4, residual=1e-4, scores=1e-4, cache=1e-4, logits=1e-4, selection=Margin(score=1e-4, similarity=1e-4)
     ),
+    # Measured on small random models, half of it or less: 16 bit errors grow with depth, and the margins leave room for that.
     "float16": Tolerances(
-        vision=1e-2, embeddings=1e-2, residual=1e-2, scores=5e-2, cache=2e-2, logits=2e-2, selection=Margin(score=5e-2, similarity=2e-2)
+        vision=2e-2, embeddings=2e-2, residual=2e-2, scores=5e-2, cache=2e-2, logits=2e-2, selection=Margin(score=5e-2, similarity=2e-2)
     ),
+    # Not measured: eight times float16, as its rounding is.
     "bfloat16": Tolerances(
-        vision=5e-2, embeddings=5e-2, residual=5e-2, scores=2e-1, cache=1e-1, logits=1e-1, selection=Margin(score=2e-1, similarity=1e-1)
+        vision=1.6e-1, embeddings=1.6e-1, residual=1.6e-1, scores=4e-1, cache=1.6e-1, logits=1.6e-1, selection=Margin(4e-1, 1.6e-1)
     ),
 }
 

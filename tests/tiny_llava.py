@@ -6,9 +6,13 @@ dropped or swapped parameter changes the output.
 
 from __future__ import annotations
 
+import atexit
+import shutil
+import tempfile
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
 from tokenizers import Tokenizer
@@ -24,6 +28,9 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+if TYPE_CHECKING:
+    from sievert.exporter.export import Exported
 
 Tower = Literal["clip", "siglip"]
 Decoder = Literal["llama", "mistral", "qwen2", "qwen3"]
@@ -60,6 +67,7 @@ def make_tiny_llava(
     vocabulary: int = 96,
     max_positions: int = 512,
     feature_layer: int | list[int] = -2,
+    class_token: Literal["drop", "keep"] = "drop",
     tied: bool = False,
     seed: int = 0,
     text: Mapping[str, Any] = {},
@@ -68,7 +76,7 @@ def make_tiny_llava(
     """Write a float32 checkpoint into ``folder`` (made if missing) and return it.
 
     ``text`` and ``vision`` override fields of the decoder's and the tower's config. Visual tokens: ``(image_size // patch) ** 2``
-    (CLIP's class token is dropped by ``default``, SigLIP has none and uses ``full``). Token ids: pad 0, bos 1, eos 2, unk 3, image 4.
+    (one more where CLIP's class token is kept; SigLIP has none). Token ids: pad 0, bos 1, eos 2, unk 3, image 4.
     """
     folder.mkdir(parents=True, exist_ok=True)
     config = LlavaConfig(
@@ -95,7 +103,7 @@ def make_tiny_llava(
         ),
         image_token_index=4,
         image_seq_length=(image_size // patch) ** 2,
-        vision_feature_select_strategy="default" if tower == "clip" else "full",
+        vision_feature_select_strategy=_select(tower, class_token),
         vision_feature_layer=feature_layer,
         tie_word_embeddings=tied,
     )
@@ -103,8 +111,18 @@ def make_tiny_llava(
     randomise(model, seed=seed)
     model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=[2, 3], pad_token_id=0, max_new_tokens=16)
     model.save_pretrained(folder)
-    _processor(tower, image_size, patch, vocabulary).save_pretrained(folder)
+    _processor(tower, image_size, patch, vocabulary, _select(tower, class_token)).save_pretrained(folder)
     return folder
+
+
+@cache
+def export_tiny(shape: str) -> tuple[Path, Exported]:
+    """Checkpoint folder and float32 export of one of :data:`SHAPES`, made once per test session: an export takes seconds. Do not change."""
+    from sievert.exporter.export import export_model
+
+    folder = make_tiny_llava(Path(tempfile.mkdtemp(prefix="tiny-llava-")), **SHAPES[shape])
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder, export_model(folder)
 
 
 def randomise(model: torch.nn.Module, *, seed: int) -> None:
@@ -122,6 +140,10 @@ def randomise(model: torch.nn.Module, *, seed: int) -> None:
                 parameter.copy_(1 + noise * 0.2)
 
 
+def _select(tower: Tower, class_token: Literal["drop", "keep"]) -> Literal["default", "full"]:
+    return "default" if tower == "clip" and class_token == "drop" else "full"
+
+
 def _vision_config(tower: Tower, image_size: int, patch: int, overrides: Mapping[str, Any]) -> Any:
     return AutoConfig.for_model(
         f"{tower}_vision_model",
@@ -137,10 +159,10 @@ def _vision_config(tower: Tower, image_size: int, patch: int, overrides: Mapping
     )
 
 
-def _processor(tower: Tower, image_size: int, patch: int, vocabulary: int) -> LlavaProcessor:
+def _processor(tower: Tower, image_size: int, patch: int, vocabulary: int, select: str) -> LlavaProcessor:
     words = (*WORDS, *(f"w{number}" for number in range(max(0, vocabulary - len(WORDS)))))
     backend = Tokenizer(WordLevel({word: index for index, word in enumerate(words[:vocabulary])}, unk_token=UNK))
-    backend.pre_tokenizer = WhitespaceSplit()  # type: ignore[assignment]
+    backend.pre_tokenizer = WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token=PAD, bos_token=BOS, eos_token=EOS, unk_token=UNK, additional_special_tokens=[IMAGE]
     )
@@ -150,7 +172,7 @@ def _processor(tower: Tower, image_size: int, patch: int, vocabulary: int) -> Ll
         image_processor=images,
         tokenizer=tokenizer,
         patch_size=patch,
-        vision_feature_select_strategy="default" if tower == "clip" else "full",
+        vision_feature_select_strategy=select,
         num_additional_image_tokens=1 if tower == "clip" else 0,
         image_token=IMAGE,
         chat_template=TEMPLATE,

@@ -54,8 +54,8 @@ _FEW: Final = Scene(grid=10, sizes=(1, 2), fewest=2, most=5)
 STAGES: Final = (
     Stage(name="glyphs", shape=Shape(10, 6), scene=_GLYPHS, steps=800, peak_lr=1.5e-3, floor=0.6, answers=False),
     Stage(name="see", shape=Shape(10, 6), scene=_GLYPHS_AND_LARGER, steps=800, peak_lr=1e-3, floor=0.6, answers=False),
-    Stage(name="answer", shape=Shape(10, 6), scene=_FEW, steps=800, peak_lr=1e-3, floor=0.4),
-    Stage(name="grown", shape=Shape(16, 10), scene=Scene(), steps=1300, peak_lr=1e-3),
+    Stage(name="answer", shape=Shape(10, 6), scene=_FEW, steps=600, peak_lr=1e-3, floor=0.4),
+    Stage(name="grown", shape=Shape(16, 10), scene=Scene(), steps=1200, peak_lr=1e-3),
 )
 
 

@@ -11,7 +11,7 @@ class Architecture:
     """One family of checkpoints.
 
     ``model_class`` is the class in ``architectures`` of ``config.json`` and in transformers. ``towers`` maps the model type of each
-    vision tower to its leading class tokens; ``decoders`` are model types. The four paths lead to modules of the loaded model.
+    vision tower to its leading class tokens; ``decoders`` are model types. The paths lead to modules of the loaded model.
     ``feature_layer`` and ``feature_select`` are keys of the config; ``leading_dropped`` maps each value of the latter to the number
     of leading rows it drops from the tower's hidden states. ``rope_types`` are those whose tables do not depend on the data.
     """
@@ -23,6 +23,7 @@ class Architecture:
     vision_tower: str
     projector: str
     language_model: str
+    embedding: str
     head: str
     feature_layer: str
     feature_select: str

@@ -10,6 +10,7 @@ LLAVA = Architecture(
     vision_tower="model.vision_tower",
     projector="model.multi_modal_projector",
     language_model="model.language_model",
+    embedding="model.language_model.embed_tokens",
     head="lm_head",
     feature_layer="vision_feature_layer",
     feature_select="vision_feature_select_strategy",

@@ -92,14 +92,16 @@ def refuse_kernel(form: AttentionForm) -> str | None:
     if head > _LARGEST_HEAD:
         return f"head size {head} above {_LARGEST_HEAD}"
     if form.query == 1:
-        if form.heads == 1:
-            return "a single head with a single query row"
+        if form.batch * form.heads < 4:
+            return f"a single query row in {form.batch * form.heads} heads, counted over the batch: needs 4"
         if head % 8:
             return f"head size {head} with a single query row is no multiple of 8"
         if (form.keys + head) * form.dtype.itemsize > _ROW_BYTES:
             longest = _ROW_BYTES // int(form.dtype.itemsize) - head
             return f"{form.keys} keys with a single query row, above {longest} for head size {head} in {form.dtype.name.lower()}"
         return None
+    if (form.heads if form.mask is not None else form.batch * form.heads) == 1:
+        return "a single head"
     if form.dtype == _FLOAT:
         return f"float32 with {form.query} query rows: only one row has a kernel"
     if form.boolean_mask and (head < 16 or head % 8):

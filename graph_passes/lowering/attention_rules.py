@@ -40,7 +40,7 @@ def _find_refused_request(model: ir.Model) -> Iterator[tuple[str, str]]:
 
 def _find_short_masks(model: ir.Model) -> Iterator[tuple[str, str]]:
     for node, form in _read_forms(model):
-        if form.mask is not None and form.mask_shape[-2] != form.query:
+        if len(form.mask_shape) > 1 and form.mask_shape[-2] != form.query:
             yield where(node), f"a mask {form.mask_shape} over {form.query} query rows"
 
 
@@ -91,9 +91,9 @@ ATTENTION_RULES: Final = (
     ),
     Rule(
         "attention-kernel",
-        seen="float32: 1 query row builds, 2 do not; 16 bit: head sizes 9..256 build, 8 and 264 do not (with a boolean mask: multiples of "
-        "8 from 16); one query row: at least 2 heads, head size a multiple of 8 up to 256, (keys + head size) x bytes per element <= 48 "
-        "KiB. 'Attention operation was not supported by a dedicated kernel'",
+        seen="float32: 1 query row builds, 2 do not; 16 bit: head sizes 9..256 build, 8 and 257 do not (with a boolean mask: multiples of "
+        "8 from 16), nor does a single head; one query row: at least 4 heads over the whole batch, head size a multiple of 8 up to 256, "
+        "(keys + head size) x bytes per element <= 48 KiB. 'Attention operation was not supported by a dedicated kernel'",
         fix=_LOWER,
         find=_find_without_kernel,
     ),

@@ -178,8 +178,8 @@ GRAPH_RULES: Final = (
     ),
     Rule(
         "cpu-bfloat16",
-        seen="ONNX Runtime 1.31 on the CPU: 'Could not find an implementation for MatMul(13)' and most others in bfloat16; CUDA has them",
-        fix="run this bundle with onnxruntime-cuda or TensorRT, or export it in float16 or float32 for the CPU",
+        seen="ONNX Runtime 1.31 on the CPU: 'Could not find an implementation for MatMul(13)' and most others in bfloat16",
+        fix="run this bundle with TensorRT or onnxruntime-cuda (not tried), or export it in float16 or float32 for the CPU",
         find=_find_cpu_bfloat16,
         targets=frozenset({"onnxruntime"}),
         severity="warning",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ml_dtypes
 import numpy as np
@@ -66,7 +66,7 @@ def make_layer(build: GraphBuilder, weights: Weights, layer: int, stream: ir.Val
 
     def project(name: str, heads: int) -> ir.Value:
         product = op.MatMul(normed, weights.get(build, f"layer.{layer}.{name}"))
-        return op.Transpose(op.Reshape(product, [B, rows, heads, HEAD]), perm=[0, 2, 1, 3])
+        return cast("ir.Value", op.Transpose(op.Reshape(product, [B, rows, heads, HEAD]), perm=[0, 2, 1, 3]))
 
     return op.RotaryEmbedding(project("q", H), cos, sin), op.RotaryEmbedding(project("k", G), cos, sin), project("v", G)
 
@@ -74,7 +74,7 @@ def make_layer(build: GraphBuilder, weights: Weights, layer: int, stream: ir.Val
 def add_attended(build: GraphBuilder, weights: Weights, layer: int, stream: ir.Value, attended: ir.Value, rows: int) -> ir.Value:
     op: Any = build.op
     flat = op.Reshape(op.Transpose(attended, perm=[0, 2, 1, 3]), [B, rows, H * HEAD])
-    return op.Add(stream, op.MatMul(flat, weights.get(build, f"layer.{layer}.o")))
+    return cast("ir.Value", op.Add(stream, op.MatMul(flat, weights.get(build, f"layer.{layer}.o"))))
 
 
 def add_caches(build: GraphBuilder, dtype: ir.DataType, layer: int) -> tuple[ir.Value, ir.Value]:
@@ -94,7 +94,9 @@ def make_prefill(weights: Weights) -> ir.Model:
     presents = {}
     q, k, v = make_layer(build, weights, 0, stream, S, positions)
     attended = op.Attention(q, k, v, is_causal=1, scale=HEAD**-0.5, softmax_precision=1)
-    presents["present__0__key"], presents["present__0__value"] = (op.TensorScatter(c, n, axis=2) for c, n in zip(caches[0], (k, v), strict=True))
+    presents["present__0__key"], presents["present__0__value"] = (
+        op.TensorScatter(c, n, axis=2) for c, n in zip(caches[0], (k, v), strict=True)
+    )
     stream = add_attended(build, weights, 0, stream, attended, S)
     stream.name = "stage.0.residual"
     visual = op.Cast(op.GatherND(stream, op.Unsqueeze(visual_index, [2]), batch_dims=1), to=F32)
@@ -114,7 +116,9 @@ def make_prefill(weights: Weights) -> ir.Model:
     stream = op.GatherND(stream, op.Unsqueeze(source, [2]), batch_dims=1)
     q, k, v = make_layer(build, weights, 1, stream, CUT, op.GatherElements(positions, source, axis=1))
     attended = op.Attention(q, k, v, is_causal=1, scale=HEAD**-0.5, softmax_precision=1)
-    presents["present__1__key"], presents["present__1__value"] = (op.TensorScatter(c, n, axis=2) for c, n in zip(caches[1], (k, v), strict=True))
+    presents["present__1__key"], presents["present__1__value"] = (
+        op.TensorScatter(c, n, axis=2) for c, n in zip(caches[1], (k, v), strict=True)
+    )
     stream = add_attended(build, weights, 1, stream, attended, CUT)
     last = op.Sub(op.ReduceSum(mask, [1], keepdims=1), NV - K + 1)
     hidden = op.GatherND(stream, op.Unsqueeze(last, [2]), batch_dims=1)
@@ -126,7 +130,7 @@ def make_logits(build: GraphBuilder, weights: Weights, hidden: ir.Value) -> ir.V
     op: Any = build.op
     normed = op.Squeeze(op.RMSNormalization(hidden, weights.get(build, "norm"), axis=-1, epsilon=1e-5, stash_type=1), [1])
     logits = op.Gemm(normed, weights.get(build, "embed"), transB=1)
-    return logits if weights.dtype == "float32" else op.Cast(logits, to=F32)
+    return cast("ir.Value", logits if weights.dtype == "float32" else op.Cast(logits, to=F32))
 
 
 def make_decode(weights: Weights) -> ir.Model:
@@ -136,7 +140,8 @@ def make_decode(weights: Weights) -> ir.Model:
     input_ids, positions = build.input("input_ids", I64, [B, 1]), build.input("position_ids", I64, [B, 1])
     cache_row = build.input("cache_row", I64, [B])
     caches = [add_caches(build, DTYPES[weights.dtype], layer) for layer in (0, 1)]
-    stream, presents = op.Gather(weights.get(build, "embed"), input_ids), {}
+    stream = op.Gather(weights.get(build, "embed"), input_ids)
+    presents: dict[str, ir.Value] = {}
     for layer, dropped in ((0, 0), (1, NV - K)):
         row = op.Sub(cache_row, dropped) if dropped else cache_row
         mask = op.LessOrEqual(op.Unsqueeze(op.Range(0, CAPACITIES[layer], 1), [0, 1, 2]), op.Unsqueeze(row, [1, 2, 3]))

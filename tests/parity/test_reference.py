@@ -102,7 +102,7 @@ def test_keeping_everything_changes_nothing(load: Load, shape: str, positions: A
 def run_with_gathering_hooks(model: Any, inputs: Any, layer: int, rows: Any, tokens: tuple[int, ...]) -> tuple[list[Any], Any]:
     """An independent way to prune: the model's own forward, with a hook that hands ``rows`` on before ``layer``."""
     text = model.model.language_model
-    picked = {"rotary": None}
+    picked: dict[str, Any] = {}
 
     def gather(_module: Any, args: Any, kwargs: Any) -> Any:
         picked["rotary"] = tuple(table[:, rows] for table in kwargs["position_embeddings"])

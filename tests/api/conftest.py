@@ -1,0 +1,103 @@
+"""One bundle of a tiny random LLaVA for all tests of the command line: exported once, copied by those that change it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from sievert.bundle.names import LOCK
+from sievert.cli import app
+from tests.tiny_llava import make_tiny_llava
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command left: exit code, standard output, error output."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def all(self) -> str:
+        """Both outputs."""
+        return self.out + self.err
+
+
+Sievert = Callable[..., Outcome]
+
+
+def sievert(*arguments: object) -> Outcome:
+    """Run a command in this process, without a terminal."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], prog_name="sievert")
+    return Outcome(result.exit_code, result.stdout, result.stderr)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder but the lock, with its content; empty for a folder that does not exist."""
+    if not folder.exists():
+        return {}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != LOCK}
+
+
+@pytest.fixture(autouse=True)
+def settings() -> Iterator[None]:
+    """Put back what a command configures for its process."""
+    ours, environment = logging.getLogger("sievert"), dict(os.environ)
+    before = ours.level, list(ours.handlers)
+    yield
+    ours.setLevel(before[0])
+    ours.handlers[:] = before[1]
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of what the session shares."""
+    return tmp_path_factory.mktemp("cli")
+
+
+@pytest.fixture(scope="session")
+def checkpoint(place: Path) -> Path:
+    """A tiny CLIP and Llama."""
+    return make_tiny_llava(place / "checkpoint")
+
+
+@pytest.fixture(scope="session")
+def picture(place: Path) -> Path:
+    """A photo of another size than the model's."""
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 12, 3)).astype(np.uint8)
+    path = place / "photo.png"
+    Image.fromarray(pixels).resize((120, 90)).save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def exported(checkpoint: Path, place: Path) -> tuple[Path, Outcome]:
+    """The bundle as ``sievert export`` made it, and what that said. Not to be changed."""
+    bundle = place / "bundle"
+    outcome = sievert("export", checkpoint, bundle, "--keep", "22%", "--max-text", 24, "--max-new-tokens", 8)
+    assert outcome.code == 0, outcome.all
+    return bundle, outcome
+
+
+@pytest.fixture(scope="session")
+def shared(exported: tuple[Path, Outcome]) -> Path:
+    """The bundle, for tests that only read it."""
+    return exported[0]
+
+
+@pytest.fixture
+def bundle(shared: Path, tmp_path: Path) -> Path:
+    """A copy of the bundle that a test may change."""
+    return Path(shutil.copytree(shared, tmp_path / "bundle"))
