@@ -11,6 +11,7 @@ import argparse
 import csv
 import sys
 import tempfile
+import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -32,7 +33,8 @@ from sievert.bundle.store import Bundle
 from sievert.engines.run.generate import generate
 from sievert.engines.run.pipeline import Pipeline
 from sievert.engines.run.prompt import Prompter
-from sievert.exporter.export import export_model, write_bundle
+from sievert.exporter.export import export_model
+from sievert.exporter.write import write_bundle
 from sievert.graph_passes.prune import add_variant
 
 CHECKPOINT: Final = ROOT / "examples" / "digits_lvlm" / "checkpoint"
@@ -146,7 +148,10 @@ def answer(bundle: Bundle, arms: Sequence[Arm], questions: int, folder: Path, la
 
 def _save(path: Path, right: dict[str, list[bool]]) -> None:
     temporary = path.with_suffix(".part.npz")
-    np.savez_compressed(temporary, **{name: np.asarray(values, np.bool_) for name, values in right.items()})
+    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, values in right.items():
+            with archive.open(f"{name}.npy", "w") as file:
+                np.save(file, np.asarray(values, np.bool_))
     temporary.replace(path)
 
 
@@ -266,7 +271,8 @@ def main() -> None:
         right = answer(bundle, by_keep, options.questions, work, "keep")
         right |= answer(bundle, by_layer, options.layer_questions, work, "layer")
         kinds = np.asarray([KINDS.index(item.kind) for item in held_out(options.questions)])
-        rows, layers = [], []
+        rows: list[Row] = []
+        layers: list[Row] = []
         for arms, table, count in ((by_keep, rows, options.questions), (by_layer, layers, options.layer_questions)):
             for arm in arms:
                 stages = bundle.variant(arm.name).plan.stages

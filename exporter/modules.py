@@ -48,6 +48,8 @@ def vision_encoder(model: PreTrainedModel, architecture: Architecture) -> Vision
 def decoder(model: PreTrainedModel, architecture: Architecture) -> PreTrainedModel:
     """The model's decoder with its head, as the text model's own causal class: embeddings to logits and caches."""
     config = model.config.get_text_config()
+    # A checkpoint may carry its trainer's settings; the graph's outputs are logits and caches whatever they say.
+    config.use_cache, config.output_attentions, config.output_hidden_states = True, False, False
     auto: Any = transformers.AutoModelForCausalLM
     with torch.device("meta"):
         causal = auto.from_config(config, trust_remote_code=False)

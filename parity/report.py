@@ -77,7 +77,8 @@ class Report:
 
     def table(self) -> Table:
         """One line per stage, for rich to draw."""
-        table = Table(title=f"{self.variant} on {self.engine}: {self.verdict.value}", title_justify="left")
+        files = f" (files lowered for {self.lowered_for})" if self.lowered_for else ""
+        table = Table(title=f"{self.variant} on {self.engine}{files}: {self.verdict.value}", title_justify="left")
         for column in ("stage", "verdict", "compared", "max abs", "allowed", "cosine", "note"):
             numeric = column in {"compared", "max abs", "allowed", "cosine"}
             table.add_column(column, justify="right" if numeric else "left", no_wrap=column != "note")

@@ -26,15 +26,20 @@ class Digit:
 
 @dataclass(frozen=True)
 class Question:
-    """A question in the model's words, its one-word answer, and its kind."""
+    """A question in the model's words, its one-word answer, and its kind.
+
+    `points` names, for words of the question, the digits each is about; none where a thing asked for is not there.
+    """
 
     text: str
     answer: str
     kind: Kind
+    points: dict[str, tuple[Digit, ...]]
 
 
 _Digits = Sequence[Digit]
-_Answered = tuple[str, str] | None
+_Points = dict[str, tuple[Digit, ...]]
+_Answered = tuple[str, str, _Points] | None
 
 
 def _pick(digits: _Digits, rng: np.random.Generator) -> Digit:
@@ -43,7 +48,7 @@ def _pick(digits: _Digits, rng: np.random.Generator) -> Digit:
 
 def _digit(digits: _Digits, rng: np.random.Generator) -> _Answered:
     one = _pick(digits, rng)
-    return f"which digit is {one.colour}?", str(one.value)
+    return f"which digit is {one.colour}?", str(one.value), {one.colour: (one,)}
 
 
 def _colour(digits: _Digits, rng: np.random.Generator) -> _Answered:
@@ -52,11 +57,11 @@ def _colour(digits: _Digits, rng: np.random.Generator) -> _Answered:
     if not single:
         return None
     one = _pick(single, rng)
-    return f"what colour is the {one.value}?", one.colour
+    return f"what colour is the {one.value}?", one.colour, {str(one.value): (one,)}
 
 
 def _count(digits: _Digits, _rng: np.random.Generator) -> _Answered:
-    return "how many digits are there?", str(len(digits))
+    return "how many digits are there?", str(len(digits)), {"digits": tuple(digits)}
 
 
 def _exists(digits: _Digits, rng: np.random.Generator) -> _Answered:
@@ -64,7 +69,9 @@ def _exists(digits: _Digits, rng: np.random.Generator) -> _Answered:
     absent = [colour for colour in COLOURS if colour not in present]
     yes = not absent or rng.random() < 0.5
     colours = present if yes else absent
-    return f"is there a {colours[int(rng.integers(len(colours)))]} digit?", "yes" if yes else "no"
+    colour = colours[int(rng.integers(len(colours)))]
+    points = {colour: tuple(digit for digit in digits if digit.colour == colour)}
+    return f"is there a {colour} digit?", "yes" if yes else "no", points
 
 
 def _greater(digits: _Digits, rng: np.random.Generator) -> _Answered:
@@ -74,11 +81,13 @@ def _greater(digits: _Digits, rng: np.random.Generator) -> _Answered:
         return None
     other = _pick(others, rng)
     winner = max(one, other, key=lambda digit: digit.value)
-    return f"which is greater, the {one.colour} or the {other.colour} digit?", winner.colour
+    points = {one.colour: (one,), other.colour: (other,)}
+    return f"which is greater, the {one.colour} or the {other.colour} digit?", winner.colour, points
 
 
 def _even(digits: _Digits, _rng: np.random.Generator) -> _Answered:
-    return "how many digits are even?", str(sum(digit.value % 2 == 0 for digit in digits))
+    even = tuple(digit for digit in digits if digit.value % 2 == 0)
+    return "how many digits are even?", str(len(even)), {"even": even}
 
 
 def _edge(digits: _Digits, rng: np.random.Generator) -> _Answered:
@@ -93,11 +102,11 @@ def _edge(digits: _Digits, rng: np.random.Generator) -> _Answered:
         first, second = sorted(digits, key=of, reverse=True)[:2]
         # Two cells ahead of the next one, so that the answer can be seen and not only measured.
         if of(first) - of(second) >= 2:
-            answers[side] = first.colour
+            answers[side] = first
     if not answers:
         return None
     side = sorted(answers)[int(rng.integers(len(answers)))]
-    return f"what colour is the {side} digit?", answers[side]
+    return f"what colour is the {side} digit?", answers[side].colour, {side: (answers[side],)}
 
 
 _ASKERS: Final[dict[Kind, Callable[[_Digits, np.random.Generator], _Answered]]] = {
@@ -114,7 +123,10 @@ _ASKERS: Final[dict[Kind, Callable[[_Digits, np.random.Generator], _Answered]]] 
 def ask(kind: Kind, digits: _Digits, rng: np.random.Generator) -> Question | None:
     """A question of this kind with exactly one right answer, or None where the canvas allows none."""
     answered = _ASKERS[kind](digits, rng)
-    return None if answered is None else Question(*answered, kind)
+    if answered is None:
+        return None
+    text, answer, points = answered
+    return Question(text, answer, kind, points)
 
 
 def describe(digits: _Digits) -> tuple[str, str]:

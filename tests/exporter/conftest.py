@@ -29,15 +29,23 @@ def tiny(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def half(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Exported]:
-    """CLIP + Qwen3 (q/k norms) in float16."""
-    folder = make_tiny_llava(tmp_path_factory.mktemp("half"), decoder="qwen3", layers=2, head_size=24)
+    """CLIP + Qwen3 (q/k norms) with scaled YaRN tables in float16."""
+    rope = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 128}
+    folder = make_tiny_llava(tmp_path_factory.mktemp("half"), decoder="qwen3", layers=2, head_size=24, text={"rope_parameters": rope})
     return folder, export_model(folder, dtype="float16")
 
 
 @pytest.fixture(scope="session")
 def brain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Exported]:
-    """SigLIP + Llama with scaled YaRN tables in bfloat16, embedding and head tied."""
-    rope = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 128}
+    """SigLIP + Llama with Llama 3's tables in bfloat16, embedding and head tied."""
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 1000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 128,
+    }
     folder = make_tiny_llava(tmp_path_factory.mktemp("brain"), tower="siglip", layers=1, tied=True, text={"rope_parameters": rope})
     return folder, export_model(folder, dtype="bfloat16")
 

@@ -11,7 +11,7 @@ import torch
 
 from sievert.exporter.export import Examined, examine_checkpoint
 from sievert.exporter.load import load_model
-from sievert.exporter.modules import vision_encoder
+from sievert.exporter.modules import decoder, vision_encoder
 from tests.tiny_llava import make_tiny_llava
 
 
@@ -63,6 +63,16 @@ def test_a_sliding_window_bounds_the_positions_and_leaves_the_model(tmp_path: Pa
     config = examined.config.get_text_config()
     assert config.sliding_window is None
     assert set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
+
+
+def test_the_trainers_settings_do_not_reach_the_decoder(tmp_path: Path):
+    options = {"use_cache": False, "output_hidden_states": True}
+    examined = examine_checkpoint(make_tiny_llava(tmp_path, layers=2, text=options))
+    module: Any = decoder(load_model(examined.checkpoint, examined.config, torch.float32), examined.checkpoint.architecture)
+    assert not any(parameter.is_meta for parameter in module.parameters())
+    with torch.no_grad():
+        made = module(inputs_embeds=torch.zeros(1, 5, 64))
+    assert set(made) == {"logits", "past_key_values"}
 
 
 @pytest.mark.parametrize(

@@ -63,13 +63,14 @@ def move_scope(graph: ir.Graph) -> None:
 
 
 def feed_value_elsewhere(graph: ir.Graph) -> None:
-    attention = next(node for node in graph if node.op_type == "Attention")
-    value, weight = attention.inputs[2], None
-    while value is not None and (node := value.producer()) is not None and node.op_type != "MatMul":
-        value = node.inputs[0]
-    assert value is not None and (node := value.producer()) is not None
-    weight = graph.inputs[0]
-    node.replace_input_with(0, weight)
+    node = next(node for node in graph if node.op_type == "Attention")
+    value = node.inputs[2]
+    while node.op_type != "MatMul":
+        assert value is not None
+        producer = value.producer()
+        assert producer is not None
+        node, value = producer, producer.inputs[0]
+    node.replace_input_with(0, graph.inputs[0])
 
 
 def cap_logits(graph: ir.Graph) -> None:

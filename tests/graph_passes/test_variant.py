@@ -40,7 +40,7 @@ def graphs(exported: Exported) -> dict[str, ir.Model]:
 
 
 def interface(values: list[ir.Value]) -> dict[str, tuple[str, list[int]]]:
-    return {str(value.name): (str(value.dtype), [int(axis) for axis in value.shape or ()]) for value in values}
+    return {str(value.name): (str(value.dtype), [axis if isinstance(axis, int) else -1 for axis in value.shape or ()]) for value in values}
 
 
 def test_interface(graphs: dict[str, ir.Model], exported: Exported) -> None:
