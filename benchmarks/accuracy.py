@@ -96,10 +96,10 @@ def list_arms(depth: int) -> tuple[list[Arm], list[Arm]]:
     return by_keep, by_layer
 
 
-def prepare(folder: Path, arms: Sequence[Arm]) -> Bundle:
-    """The shipped model as a bundle with one variant per arm."""
+def prepare(folder: Path, arms: Sequence[Arm], checkpoint: Path) -> Bundle:
+    """The checkpoint as a bundle with one variant per arm."""
     if not folder.exists():
-        write_bundle(export_model(CHECKPOINT), folder)
+        write_bundle(export_model(checkpoint), folder)
     bundle = Bundle.open(folder)
     visual = bundle.manifest.geometry.visual_tokens
     profile = Profile(batch=BATCH, decode_batch=BATCH, visual_tokens=visual, max_text=MAX_TEXT, max_new_tokens=MAX_NEW)
@@ -260,14 +260,15 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=5000, help="held-out questions of the first table")
     parser.add_argument("--layer-questions", type=int, default=2000, help="held-out questions of the table over layers")
     parser.add_argument("--work", type=Path, help="folder for the bundle and the answers (default: a temporary one)")
+    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         work: Path = options.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
-        bundle = prepare(work / "bundle", [])
+        bundle = prepare(work / "bundle", [], options.checkpoint)
         geometry = bundle.manifest.geometry
         by_keep, by_layer = list_arms(geometry.depth)
-        bundle = prepare(work / "bundle", by_keep + by_layer)
+        bundle = prepare(work / "bundle", by_keep + by_layer, options.checkpoint)
         right = answer(bundle, by_keep, options.questions, work, "keep")
         right |= answer(bundle, by_layer, options.layer_questions, work, "layer")
         kinds = np.asarray([KINDS.index(item.kind) for item in held_out(options.questions)])

@@ -87,6 +87,6 @@ def resolve_keep(text: str, visual_tokens: int) -> int:
         return count
     if re.fullmatch(r"\d*\.\d+", text):
         fraction = float(text)
-        meant = f"{fraction * 100:g}%" if fraction <= 1 else f"{round(fraction)}"
+        meant = f"{fraction * 100 if fraction <= 1 else fraction:g}%"
         raise PlanError(f"keep={text} is ambiguous: write {meant} for a share or a whole number for a count")
     raise PlanError(f"keep={text!r} is neither a percentage such as 22% nor a count such as 64")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from collections.abc import Callable
@@ -10,19 +11,21 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from rich.console import Console
 
 from sievert.bundle.errors import CheckpointError, InputError, ProfileError, VariantError
-from sievert.bundle.manifest import Variant
+from sievert.bundle.manifest import EngineEntry, EngineFile, Variant
 from sievert.bundle.plan import Plan, Stage
 from sievert.bundle.profile import Profile
 from sievert.bundle.store import Bundle
 from sievert.engines.run.prompt import Prompter
 from sievert.exporter.export import export_model
 from sievert.exporter.write import write_bundle
+from sievert.graph_passes.lower import lower
 from sievert.graph_passes.prune import add_variant
 from sievert.parity import check as check_module
 from sievert.parity.check import check, check_against
@@ -158,6 +161,20 @@ def test_a_planted_fault_fails_where_it_is(bundle: Bundle, reference: Reference,
     if edit is keep_the_worst:  # the rest is consistent with what it kept, and is compared with the reference on just that
         assert [summary.stage for summary in report.stages if summary.verdict is Verdict.FAIL] == ["kept index"]
         assert not any(sample.same_kept[0] for sample in report.samples)
+
+
+def test_the_lowered_files_are_judged_too(bundle: Bundle, reference: Reference) -> None:
+    variant, graphs = bundle.variant("iwp"), {}
+    with bundle.step("build") as step:
+        for graph in variant.graphs:
+            lowered = ir.to_proto(lower(ir.load(bundle.graph_file(graph, variant="iwp")), "tensorrt-rtx")).SerializeToString()
+            name = step.add_bytes(f"iwp.{graph}.lowered", ".onnx", lowered)
+            digest = hashlib.sha256(lowered).hexdigest()
+            graphs[graph] = EngineFile(lowered=name, built_from=digest, file=None, builder="none", seconds=0.0)
+        step.put_engine("iwp", "tensorrt-rtx", EngineEntry(target="none", graphs=graphs))
+    report = check_against(reference, bundle, "iwp", count=3, tokens=2, lowered_for="tensorrt-rtx")
+    assert (report.verdict, report.lowered_for) == (Verdict.PASS, "tensorrt-rtx")
+    assert "files lowered for tensorrt-rtx" in str(report.table().title)
 
 
 def test_an_engine_that_shows_nothing_inside_is_judged_by_what_it_keeps(
