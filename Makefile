@@ -10,7 +10,7 @@ EXTRAS ?= cpu,tensorrt-rtx,dev
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed.stamp
 
-.PHONY: help demo test test-all lint types links accuracy clean
+.PHONY: help demo test test-all lint types links tables accuracy clean
 
 help:
 	@echo "make demo      export, prune, build, check and ask the shipped model"
@@ -20,6 +20,7 @@ help:
 	@echo "make types     mypy --strict"
 	@echo "make links     refresh what type checkers see, after adding a file to api/"
 	@echo "make accuracy  the accuracy table of the shipped model (long)"
+	@echo "make tables    whether the committed tables still measure this code"
 	@echo "make clean     remove the environment and the caches"
 
 demo: $(STAMP)
@@ -42,6 +43,9 @@ types: $(STAMP)
 links:
 	find .typing/sievert -type l -delete
 	cd .typing/sievert && ln -s ../../bundle ../../calibration ../../engines ../../exporter ../../graph_passes ../../parity ../../api/*.py ../../api/py.typed .
+
+tables: $(STAMP)
+	$(BIN)/python benchmarks/stale.py
 
 accuracy: $(STAMP)
 	$(BIN)/python benchmarks/accuracy.py

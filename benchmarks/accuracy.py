@@ -25,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.stamp import ROOT, describe_machine, hash_code
-from examples.digits_lvlm.data import Item, held_out
+from examples.digits_lvlm.data import Item, Split, held_out
 from examples.digits_lvlm.questions import KINDS
 from sievert.bundle.plan import Option, Plan, Stage, resolve_keep
 from sievert.bundle.profile import Profile
@@ -114,12 +114,12 @@ def _chunks(items: Iterator[Item]) -> Iterator[list[Item]]:
         yield chunk
 
 
-def answer(bundle: Bundle, arms: Sequence[Arm], questions: int, folder: Path, label: str) -> dict[str, NDArray[np.bool_]]:
+def answer(bundle: Bundle, arms: Sequence[Arm], questions: int, folder: Path, label: str, split: Split) -> dict[str, NDArray[np.bool_]]:
     """Which questions each arm answers right, ``[questions]`` bool; a pass over the questions for all arms together.
 
     Prompts and vision features are computed once a batch and shared: the variants differ only in what they do with them.
     """
-    saved = folder / f"answers-{label}-{questions}.npz"
+    saved = folder / f"answers-{label}-{split}-{questions}.npz"
     right: dict[str, list[bool]] = {arm.name: [] for arm in arms}
     done = 0
     if saved.exists():
@@ -133,7 +133,7 @@ def answer(bundle: Bundle, arms: Sequence[Arm], questions: int, folder: Path, la
         bar = progress.add_task(f"{label}: {len(arms)} variants", total=questions, completed=done)
         first = bundle.variant(arms[0].name).profile
         prompter = Prompter(bundle.path, bundle.manifest.geometry, first)
-        for number, items in enumerate(_chunks(islice(held_out(questions), done, None))):
+        for number, items in enumerate(_chunks(islice(held_out(questions, split=split), done, None))):
             batch = prompter.prepare([item.image for item in items], [item.question for item in items])
             features = pipelines[arms[0].name].encode(batch.pixel_values)
             for name, pipeline in pipelines.items():
@@ -260,6 +260,9 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=5000, help="held-out questions of the first table")
     parser.add_argument("--layer-questions", type=int, default=2000, help="held-out questions of the table over layers")
     parser.add_argument("--work", type=Path, help="folder for the bundle and the answers (default: a temporary one)")
+    parser.add_argument(
+        "--split", choices=("test", "train"), default="test", help="train: to choose defaults by; only the first table, printed"
+    )
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -268,10 +271,12 @@ def main() -> None:
         bundle = prepare(work / "bundle", [], options.checkpoint)
         geometry = bundle.manifest.geometry
         by_keep, by_layer = list_arms(geometry.depth)
+        if options.split == "train":
+            by_layer = []
         bundle = prepare(work / "bundle", by_keep + by_layer, options.checkpoint)
-        right = answer(bundle, by_keep, options.questions, work, "keep")
-        right |= answer(bundle, by_layer, options.layer_questions, work, "layer")
-        kinds = np.asarray([KINDS.index(item.kind) for item in held_out(options.questions)])
+        right = answer(bundle, by_keep, options.questions, work, "keep", options.split)
+        right |= answer(bundle, by_layer, options.layer_questions, work, "layer", options.split) if by_layer else {}
+        kinds = np.asarray([KINDS.index(item.kind) for item in held_out(options.questions, split=options.split)])
         rows: list[Row] = []
         layers: list[Row] = []
         for arms, table, count in ((by_keep, rows, options.questions), (by_layer, layers, options.layer_questions)):
@@ -279,10 +284,11 @@ def main() -> None:
                 stages = bundle.variant(arm.name).plan.stages
                 kept = stages[0].keep if stages else geometry.visual_tokens
                 table.append(judge(arm, kept, right[arm.name][:count], right["full"][:count], kinds[:count]))
-    write_tables(rows, layers, (options.questions, options.layer_questions), geometry.visual_tokens)
     for row in rows:
         sys.stdout.write(_line(row) + "\n")
-    sys.stdout.write("made docs/accuracy.md, docs/accuracy.csv, docs/accuracy.png\n")
+    if options.split == "test":
+        write_tables(rows, layers, (options.questions, options.layer_questions), geometry.visual_tokens)
+        sys.stdout.write("made docs/accuracy.md, docs/accuracy.csv, docs/accuracy.png\n")
 
 
 if __name__ == "__main__":

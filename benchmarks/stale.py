@@ -1,0 +1,32 @@
+"""Say whether the committed tables still measure the code that stands here: `python benchmarks/stale.py`. It never fails."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.accuracy import MEASURED
+from benchmarks.stamp import ROOT, hash_code
+
+TABLES = {"docs/accuracy.md": (MEASURED, "make accuracy")}
+
+
+def main() -> None:
+    """One line per table."""
+    for table, (measured, command) in TABLES.items():
+        path = ROOT / table
+        found = re.search(r"Code measured: `([0-9a-f]+)`", path.read_text()) if path.exists() else None
+        now = hash_code(measured)
+        if found is None:
+            sys.stdout.write(f"MISSING {table}: run `{command}`\n")
+        elif found[1] != now:
+            sys.stdout.write(f"STALE {table}: measured {found[1]}, the code is {now} now; run `{command}`\n")
+        else:
+            sys.stdout.write(f"current {table}: {now}\n")
+
+
+if __name__ == "__main__":
+    main()
