@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
@@ -36,9 +37,25 @@ class Outcome:
 Sievert = Callable[..., Outcome]
 
 
+@contextlib.contextmanager
+def unchanged_process() -> Iterator[None]:
+    """Put back what a command configures for its process, also where a fixture of the whole session runs one."""
+    ours, root, environment = logging.getLogger("sievert"), logging.getLogger(), dict(os.environ)
+    before = [(logger, logger.level, list(logger.handlers)) for logger in (ours, root)]
+    try:
+        yield
+    finally:
+        for logger, level, handlers in before:
+            logger.setLevel(level)
+            logger.handlers[:] = handlers
+        os.environ.clear()
+        os.environ.update(environment)
+
+
 def sievert(*arguments: object) -> Outcome:
     """Run a command in this process, without a terminal."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments], prog_name="sievert")
+    with unchanged_process():
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments], prog_name="sievert")
     return Outcome(result.exit_code, result.stdout, result.stderr)
 
 
@@ -47,18 +64,6 @@ def content(folder: Path) -> dict[str, bytes]:
     if not folder.exists():
         return {}
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != LOCK}
-
-
-@pytest.fixture(autouse=True)
-def settings() -> Iterator[None]:
-    """Put back what a command configures for its process."""
-    ours, environment = logging.getLogger("sievert"), dict(os.environ)
-    before = ours.level, list(ours.handlers)
-    yield
-    ours.setLevel(before[0])
-    ours.handlers[:] = before[1]
-    os.environ.clear()
-    os.environ.update(environment)
 
 
 @pytest.fixture(scope="session")
