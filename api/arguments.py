@@ -86,7 +86,9 @@ Capabilities = Annotated[
 
 # check
 BuiltEngines = Annotated[list[str] | None, Option("--engine", metavar="NAME", help="May be repeated. Default: those built.")]
-Samples = Annotated[int, Option("--samples", metavar="N", min=0, help="How many; 0: all lines of --data.", rich_help_panel=_SAMPLES)]
+Samples = Annotated[
+    int | None, Option("--samples", metavar="N", help="How many. Default: all of --data, or 8 made-up ones.", rich_help_panel=_SAMPLES)
+]
 Data = Annotated[
     str,
     Option(

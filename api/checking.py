@@ -21,6 +21,7 @@ from sievert.parity.verdict import Verdict, combine, exit_code
 from sievert.progress import Progress, Size, silent
 
 ONNX = "onnxruntime"
+_MADE_UP = 8
 _LINE = '{"image": "photo.png", "prompt": "what is this?"}'
 
 
@@ -79,7 +80,7 @@ def check(
     *,
     variants: Sequence[str] = (),
     engines: Sequence[str] = (),
-    samples: int = 8,
+    samples: Size = "auto",
     data: str | Path = "",
     model: str | Path = "",
     tokens: Size = "auto",
@@ -89,8 +90,8 @@ def check(
     """Compare engines with the model they came from, stage by stage.
 
     No ``variants`` means all, no ``engines`` all that were built. ``data`` is a file of lines ``{"image": ..., "prompt": ...}``, image
-    paths relative to it; its first ``samples`` lines are used (0: all), and ``samples`` made-up ones where it is empty. ``model`` is
-    where the checkpoint is now, if not where the bundle says. ``tokens`` are fed to both sides after each prompt.
+    paths relative to it; without it samples are made up. ``samples`` ``auto`` is all lines of ``data``, or 8 made-up ones. ``model``
+    is where the checkpoint is now, if not where the bundle says. ``tokens`` are fed to both sides after each prompt.
 
     Raises:
         InputError: an engine that does not exist, data or a model that cannot be used.
@@ -100,7 +101,10 @@ def check(
     """
     for engine in engines:
         find_runtime(engine)
-    given = read_samples(Path(data), limit=samples) if str(data) else ()
+    count = _MADE_UP if samples == "auto" else samples
+    if count < 1:
+        raise InputError(f"samples={count}: a check needs at least one")
+    given = read_samples(Path(data), limit=0 if samples == "auto" else samples) if str(data) else ()
     progress("checking the bundle's files")
     opened = Bundle.open(bundle, verify="full")
     pairs = [
@@ -110,7 +114,7 @@ def check(
     ]
     if not pairs:
         raise InputError(f"{opened.path.name} has no variants to check: make one with `sievert prune`")
-    options: dict[str, Any] = {"samples": given, "count": samples, "tokens": tokens, "template": template}
+    options: dict[str, Any] = {"samples": given, "count": count, "tokens": tokens, "template": template}
     progress("loading the PyTorch model")
     reference = load_reference(opened.manifest, model=model or None)
 

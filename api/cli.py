@@ -19,6 +19,7 @@ from sievert import arguments as a
 from sievert.console import Screen, configure_output
 
 BAD_INPUT, OWN_FAULT, INTERRUPTED = 2, 70, 130
+_EXIT_CODES = "Exit codes: 0 done, and PASS; 1 FAIL; 2 what was given cannot be used; 3 AMBIGUOUS under --strict; 130 interrupted."
 _GLOBAL_FLAGS = ("--debug", "-v", "-vv", "--verbose")
 
 
@@ -77,7 +78,8 @@ app = typer.Typer(
         "export path/to/llava my-bundle --keep 22%",
         "check my-bundle",
         'run my-bundle --image photo.png --prompt "what is this?" --show-kept kept.png',
-    ),
+    )
+    + f"\n\n{_EXIT_CODES}",
 )
 
 
@@ -123,6 +125,7 @@ app.command(
         "check my-bundle --variant iwp-22 --data questions.jsonl --samples 64 --strict",
         "check my-bundle --model path/to/checkpoint --json report.json",
     )
+    + f"\n\n{_EXIT_CODES}"
 )(cli_ask.check)
 app.command(
     epilog=examples(

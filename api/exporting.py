@@ -91,17 +91,12 @@ def default_place(model: str | Path) -> Path:
 
 def read_geometry(model: str | Path, *, progress: Progress = silent) -> Geometry:
     """The numbers of a model, from its small files; a hub id is downloaded. Raises as :func:`export` does for checkpoints."""
-    from sievert.exporter.checkpoint import open_checkpoint
-    from sievert.exporter.export import DOWNLOADS
-    from sievert.exporter.geometry import read_geometry as read
-    from sievert.exporter.load import load_config, take_sliding_window
+    from sievert.exporter.export import DOWNLOADS, examine_checkpoint
 
+    progress("reading the configuration")
     hub = str(model).count("/") == 1 and not Path(model).expanduser().exists()
     with contextlib.nullcontext() if not hub else _growing(DOWNLOADS.expanduser(), f"downloading {model}", progress):
-        checkpoint = open_checkpoint(model, downloads=DOWNLOADS)
-    progress("reading the configuration")
-    config = load_config(checkpoint)
-    return read(checkpoint, config, window=take_sliding_window(config.get_text_config()))
+        return examine_checkpoint(model).geometry
 
 
 @contextlib.contextmanager

@@ -68,6 +68,12 @@ VARIANT_COLUMNS = ("variant", "keeps", "batch", "max text", "max new tokens")
 _VARIANT_NUMBERS = ("batch", "max text", "max new tokens")
 
 
+def place_graph(graph: str) -> int:
+    """Where a graph stands in the order of the computation."""
+    order = ("vision_encoder", "embed_tokens", "decoder", "prefill", "decode")
+    return order.index(graph) if graph in order else len(order)
+
+
 def made_table(made: Sequence[Made], built: Sequence[Built]) -> Table:
     """Variants that a command made, with the engines it built for them."""
     table = make_table("", *VARIANT_COLUMNS, *(["engines built"] if built else []), numbers=_VARIANT_NUMBERS)
@@ -81,7 +87,7 @@ def built_table(built: Sequence[Built]) -> Table:
     """Engines that a command built, graph by graph."""
     table = make_table("", "variant", "engine", "graph", "seconds", "file", "builder", numbers=("seconds",))
     for each in built:
-        for graph, made in each.entry.graphs.items():
+        for graph, made in sorted(each.entry.graphs.items(), key=lambda item: place_graph(item[0])):
             table.add_row(each.variant, each.engine, graph, f"{made.seconds:.1f}", made.file or made.lowered, escape(made.builder))
     return table
 

@@ -12,7 +12,7 @@ from rich.table import Table
 from sievert.bundle.manifest import Manifest
 from sievert.bundle.specs import TensorSpec
 from sievert.inspecting import Inspection
-from sievert.tables import VARIANT_COLUMNS, describe_bytes, make_table, summarise_source, variant_row
+from sievert.tables import VARIANT_COLUMNS, describe_bytes, make_table, place_graph, summarise_source, variant_row
 
 
 def inspection(found: Inspection, *, tensors: bool) -> Iterable[Table | str]:
@@ -45,12 +45,6 @@ def shorten_specs(specs: Sequence[TensorSpec]) -> list[str]:
     return lines
 
 
-def _place(graph: str) -> int:
-    """Where a graph stands in the order of the computation."""
-    order = ("vision_encoder", "embed_tokens", "decoder", "prefill", "decode")
-    return order.index(graph) if graph in order else len(order)
-
-
 def _sizes(found: Inspection) -> Table:
     table = make_table("Sizes", "what", "size", numbers=("size",))
     for kind, count in found.sizes.items():
@@ -73,7 +67,7 @@ def _engines(manifest: Manifest) -> Table:
     table = make_table("Engines", "variant", "engine", "graph", "file", "size", "built by", numbers=("size",))
     for name, variant in manifest.variants.items():
         for engine, entry in variant.engines.items():
-            for graph, made in sorted(entry.graphs.items(), key=lambda item: _place(item[0])):
+            for graph, made in sorted(entry.graphs.items(), key=lambda item: place_graph(item[0])):
                 file = made.file or made.lowered
                 table.add_row(name, engine, graph, file, describe_bytes(manifest.files[file].bytes), escape(made.builder))
     if not table.rows:
@@ -85,7 +79,7 @@ def _graphs(manifest: Manifest, *, every: bool) -> Table:
     table = make_table("Graphs", "variant", "graph", "takes", "gives")
     owners = [("(dynamic)", manifest.graphs), *((name, variant.graphs) for name, variant in manifest.variants.items())]
     for owner, graphs in owners:
-        for graph, entry in sorted(graphs.items(), key=lambda item: _place(item[0])):
+        for graph, entry in sorted(graphs.items(), key=lambda item: place_graph(item[0])):
             takes, gives = (
                 [f"{spec.name} {spec.dtype}[{', '.join(map(str, spec.shape))}]" for spec in specs] if every else shorten_specs(specs)
                 for specs in (entry.inputs, entry.outputs)
