@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.stamp import ROOT, describe_machine, hash_code
 from examples.digits_lvlm.data import Item, Split, held_out
-from examples.digits_lvlm.questions import KINDS
+from examples.digits_lvlm.questions import ASKED as KINDS
 from sievert.bundle.plan import Option, Plan, Stage, resolve_keep
 from sievert.bundle.profile import Profile
 from sievert.bundle.store import Bundle

@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))  # `examples` is not installed
 
 from examples.digits_lvlm.checkpoint import CHECKPOINT  # noqa: E402
 from examples.digits_lvlm.data import Item, held_out  # noqa: E402
-from examples.digits_lvlm.questions import KINDS  # noqa: E402
+from examples.digits_lvlm.questions import ASKED as KINDS  # noqa: E402
 
 BUNDLE, OUT = Path("demo-bundle"), Path("demo-out")
 SAMPLES = 64

@@ -6,17 +6,16 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, LlavaForConditionalGeneration
 
 _NAME = "sievert_packed_rows"
-POINTER_LAYER = 3
-_POINTER_HEAD = 0
 
 
 class PackedAttention:
     """Half the time of one masked call over the whole row: the image part is plainly causal, only the text needs a mask.
 
-    After a forward pass, `looked` [B, T, S] holds the log of what the text looked at, in head 0 of layer `POINTER_LAYER`.
+    After a forward pass, `looked` [B, T, S] holds the log of what the text looked at, in head 0 of layer `layer`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, layer: int) -> None:
+        self.layer = layer
         self.looked: Tensor | None = None
 
     def __call__(
@@ -24,8 +23,8 @@ class PackedAttention:
     ) -> tuple[Tensor, None]:
         """[B, H, S, d] attention where `attention_mask` [B, 1, T, S] speaks for the last T rows only. Returns [B, S, H, d]."""
         prefix = query.shape[2] - attention_mask.shape[2]
-        if module.layer_idx == POINTER_LAYER:
-            scores = query[:, _POINTER_HEAD, prefix:] @ key[:, _POINTER_HEAD].mT * query.shape[-1] ** -0.5
+        if module.layer_idx == self.layer:
+            scores = query[:, 0, prefix:] @ key[:, 0].mT * query.shape[-1] ** -0.5
             self.looked = scores.float().masked_fill(~attention_mask[:, 0], -torch.inf).log_softmax(-1)
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
@@ -36,7 +35,9 @@ class PackedAttention:
 
 def use_packed(model: LlavaForConditionalGeneration) -> PackedAttention:
     """Make the decoder of this model object expect packed rows. Nothing of it is saved with the model."""
-    packed = PackedAttention()
+    layers = model.model.language_model.layers
+    # A third of the way up, where `grow` also takes it: layer 2 of 6 becomes layer 3 of 10.
+    packed = PackedAttention(len(layers) // 3)
     AttentionInterface.register(_NAME, packed)
     model.model.language_model.config._attn_implementation = _NAME
     return packed

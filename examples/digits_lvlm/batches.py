@@ -125,6 +125,15 @@ def make(seed: list[int], *, size: int, scene: Scene, kinds: dict[Kind, float] |
     pixels = np.stack([canvas.image for canvas in canvases]).astype(np.float32) / 127.5 - 1.0
     assert pixels.shape[1] == scene.grid * CELL_PX
     rows, points = zip(*(_row(canvas, rng, scene.grid, weights / weights.sum()) for canvas in canvases), strict=True)
-    texts = torch.tensor(rows).unbind(1)
-    patches = torch.from_numpy(values).flatten(1), torch.from_numpy(colours).flatten(1)
-    return Batch(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), *texts, *patches, torch.from_numpy(np.stack(points)))
+    ids, positions, conversations, labels, answered = torch.tensor(rows).unbind(1)
+    return Batch(
+        pixel_values=torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(),
+        input_ids=ids,
+        position_ids=positions,
+        conversation=conversations,
+        labels=labels,
+        kinds=answered,
+        patch_value=torch.from_numpy(values).flatten(1),
+        patch_colour=torch.from_numpy(colours).flatten(1),
+        points=torch.from_numpy(np.stack(points)),
+    )

@@ -2,7 +2,7 @@
 
 The digits are scikit-learn's `load_digits`, 1,797 images of 8x8 pixels, from "Optical Recognition of Handwritten Digits" by
 E. Alpaydin and C. Kaynak (UCI Machine Learning Repository, 1998, CC BY 4.0; scikit-learn ships its test part under BSD-3-Clause).
-The last 397 images are the test set. They come from other writers and never appear on a training canvas.
+The last 397 images are the test set and never appear on a training canvas.
 
 A canvas is a grid of 8x8-pixel cells, the vision tower's patches. Digits of distinct colours lie on the grid, over noise and among
 grey and coloured strokes. Everything follows from the random generator passed in: the same seed gives the same pixels anywhere.
@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 from scipy.ndimage import map_coordinates, spline_filter
 from sklearn.datasets import load_digits
 
-from examples.digits_lvlm.questions import KINDS, Digit, Kind, ask
+from examples.digits_lvlm.questions import ASKED, Digit, Kind, ask
 from examples.digits_lvlm.words import COLOURS
 
 Split = Literal["train", "test"]
@@ -35,7 +35,7 @@ class Scene:
     grid: int = 16
     sizes: tuple[int, ...] = (1, 2)
     fewest: int = 3
-    most: int = 8
+    most: int = 6
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def held_out(n: int, seed: int = 0, *, split: Split = "test", scene: Scene = Sce
     for index in range(n):
         rng = np.random.default_rng([seed, _SEED_OF_SPLIT[split], index])
         canvas = compose(rng, split=split, scene=scene)
-        for kind in KINDS:
+        for kind in ASKED:
             asked = ask(kind, canvas.digits, rng)
             if asked is None:
                 continue

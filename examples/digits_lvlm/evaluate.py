@@ -12,7 +12,7 @@ from rich.table import Table
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from examples.digits_lvlm.data import Item, Split, held_out
-from examples.digits_lvlm.questions import KINDS, Kind
+from examples.digits_lvlm.questions import ASKED, Kind
 
 Score = dict[Kind, tuple[int, int]]
 
@@ -48,7 +48,7 @@ def evaluate(folder: Path, *, questions: int = 5000, seed: int = 0, split: Split
         for item, said in zip(chunk, answers(model, processor, chunk), strict=True):
             asked[item.kind] += 1
             right[item.kind] += said == item.answer
-    return {kind: (right[kind], asked[kind]) for kind in KINDS}
+    return {kind: (right[kind], asked[kind]) for kind in ASKED}
 
 
 def accuracy(score: Score) -> float:

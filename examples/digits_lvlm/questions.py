@@ -10,6 +10,8 @@ from examples.digits_lvlm.words import COLOURS
 
 Kind = Literal["digit", "colour", "count", "exists", "greater", "even", "edge"]
 KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
+# What the shipped model is held to. The last two kinds were asked in one early stage of its training and then dropped: see README.md.
+ASKED: Final[tuple[Kind, ...]] = ("digit", "colour", "count", "exists", "greater")
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def _greater(digits: _Digits, rng: np.random.Generator) -> _Answered:
         return None
     other = _pick(others, rng)
     winner = max(one, other, key=lambda digit: digit.value)
-    points = {one.colour: (one,), other.colour: (other,)}
+    points: _Points = {one.colour: (one,), other.colour: (other,)}
     return f"which is greater, the {one.colour} or the {other.colour} digit?", winner.colour, points
 
 

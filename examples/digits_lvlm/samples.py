@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Final
 
 from examples.digits_lvlm.data import held_out
-from examples.digits_lvlm.questions import KINDS
+from examples.digits_lvlm.questions import ASKED
 
 IMAGES: Final = Path(__file__).parent / "images"
 # Not the seed the accuracy is measured with: these pictures are for showing.
@@ -17,8 +17,8 @@ def write(folder: Path = IMAGES, *, count: int = 6) -> None:
     """`count` PNGs, each with a question of another kind, listed in `questions.jsonl` (image, prompt, answer)."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
-    # Every seventh item and one more: another canvas each time, and the next kind of question.
-    items = list(islice(held_out(count * (len(KINDS) + 1), _SEED), 0, None, len(KINDS) + 1))
+    # Every fifth item and one more: another canvas each time, and the next kind of question.
+    items = list(islice(held_out(count * (len(ASKED) + 1), _SEED), 0, None, len(ASKED) + 1))
     for index, item in enumerate(items):
         name = f"canvas_{index}.png"
         item.image.save(folder / name, optimize=True)

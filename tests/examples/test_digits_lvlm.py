@@ -1,6 +1,7 @@
 """The shipped model: its data are honest, its training resumes, its checkpoint answers."""
 
 import json
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -15,20 +16,31 @@ from examples.digits_lvlm.data import CELL_PX, Scene, compose, held_out, image_i
 from examples.digits_lvlm.evaluate import accuracy, evaluate
 from examples.digits_lvlm.model import Shape, build, grow
 from examples.digits_lvlm.processing import build_processor, build_tokenizer
-from examples.digits_lvlm.questions import KINDS, Digit, ask, describe
+from examples.digits_lvlm.questions import ASKED, KINDS, Digit, ask, describe
 from examples.digits_lvlm.samples import IMAGES
 from examples.digits_lvlm.words import SPECIAL, VOCABULARY
 
 SMALL = Scene(grid=6, sizes=(1,), fewest=2, most=3)
 TINY_STAGES = (
-    train.Stage(name="see", shape=Shape(6, 1), scene=SMALL, steps=2, peak_lr=1e-3, warmup=1, answers=False),
-    train.Stage(name="grown", shape=Shape(7, 2), scene=Scene(grid=7, fewest=2, most=3), steps=3, peak_lr=1e-3, warmup=1),
+    train.Stage(name="see", shape=Shape(6, 1), scene=SMALL, steps=2, peak_lr=1e-3, warmup=1, batch=2, answers=False),
+    train.Stage(
+        name="grown", shape=Shape(7, 2), scene=Scene(grid=7, fewest=2, most=3), steps=3, peak_lr=1e-3, warmup=1, batch=2, pointing=1.0
+    ),
 )
 DIGITS = (
     Digit(value=3, colour="red", row=0, column=4, cells=1, source=0),
     Digit(value=8, colour="blue", row=5, column=9, cells=2, source=1),
     Digit(value=3, colour="pink", row=12, column=0, cells=1, source=2),
 )
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other make these small steps twenty times slower on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def test_no_digit_image_is_in_both_splits() -> None:
@@ -50,7 +62,7 @@ def test_a_canvas_holds_only_its_splits_digits_apart_from_each_other(split) -> N
             assert digit.value == labels[digit.source]
             taken[max(digit.row - 1, 0) : digit.row + digit.cells, max(digit.column - 1, 0) : digit.column + digit.cells] += 1
         assert taken.max() == 1
-        assert 3 <= len(canvas.digits) == len({digit.colour for digit in canvas.digits}) <= 8
+        assert 3 <= len(canvas.digits) == len({digit.colour for digit in canvas.digits}) <= 6
 
 
 def test_the_same_seed_gives_the_same_items() -> None:
@@ -60,7 +72,7 @@ def test_the_same_seed_gives_the_same_items() -> None:
     assert one[0].image.tobytes() != next(held_out(1, 6)).image.tobytes()
     assert one[0].image.tobytes() != next(held_out(1, 5, split="train")).image.tobytes()
     assert len(one) == 15
-    assert {item.kind for item in one} == set(KINDS)
+    assert {item.kind for item in one} == set(ASKED)
 
 
 def _truth(question: str, digits: tuple[Digit, ...]) -> str:
@@ -95,7 +107,9 @@ def test_answers_agree_with_the_digits() -> None:
         digits = compose(rng, split="train").digits
         for kind in KINDS:
             asked = ask(kind, digits, rng)
-            assert asked is None or asked.answer == _truth(asked.text, digits)
+            if asked is not None:
+                assert asked.answer == _truth(asked.text, digits)
+                assert all(word in asked.text and set(about) <= set(digits) for word, about in asked.points.items())
 
 
 def test_a_question_without_one_answer_is_not_asked() -> None:
@@ -161,7 +175,6 @@ class _KilledError(Exception):
 
 
 def test_a_killed_run_continues_exactly(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(train, "BATCH", 2)
     monkeypatch.setattr(train, "SAVE_EVERY", 1)
     straight = train.train(TINY_STAGES, seed=0, work=tmp_path / "straight").state_dict()
 
@@ -186,7 +199,7 @@ def test_the_shipped_checkpoint_answers_offline(monkeypatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     score = evaluate(CHECKPOINT, questions=105)
     assert sum(asked for _, asked in score.values()) == 105
-    assert accuracy(score) > 0.8
+    assert accuracy(score) > 0.88
 
 
 def test_the_shipped_files_are_small_and_in_order() -> None:
@@ -195,6 +208,6 @@ def test_the_shipped_files_are_small_and_in_order() -> None:
     assert config["text_config"]["num_hidden_layers"] >= 10
     assert config["image_seq_length"] == 256
     samples = [json.loads(line) for line in (IMAGES / "questions.jsonl").read_text().splitlines()]
-    shown = {item.image.tobytes(): (item.question, item.answer) for item in islice(held_out(48, 2024), 0, None, 8)}
+    shown = {item.image.tobytes(): (item.question, item.answer) for item in islice(held_out(36, 2024), 0, None, 6)}
     assert len(samples) == len(shown) == 6
     assert all((IMAGES / sample["image"]).stat().st_size < 64_000 for sample in samples)
