@@ -204,12 +204,15 @@ def write_tables(rows: Sequence[Row], layers: Sequence[Row], questions: tuple[in
         "|---" * (6 + len(KINDS)) + "|",
         *(_line(row) for row in rows),
         "",
-        f"## Selectors over layers ({questions[1]} questions)",
-        "",
-        "Accuracy in per cent, with the half-width of the paired interval against the unpruned model.",
-        "",
-        *_layer_table(layers),
     ]
+    if layers:
+        lines += [
+            f"## Selectors over layers ({questions[1]} questions)",
+            "",
+            "Accuracy in per cent, with the half-width of the paired interval against the unpruned model.",
+            "",
+            *_layer_table(layers),
+        ]
     (docs / "accuracy.md").write_text("\n".join(lines) + "\n")
     _plot(rows, visual, docs / "accuracy.png")
 
@@ -258,7 +261,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--questions", type=int, default=5000, help="held-out questions of the first table")
-    parser.add_argument("--layer-questions", type=int, default=2000, help="held-out questions of the table over layers")
+    parser.add_argument("--layer-questions", type=int, default=2000, help="held-out questions of the table over layers; 0: no such table")
     parser.add_argument("--work", type=Path, help="folder for the bundle and the answers (default: a temporary one)")
     parser.add_argument(
         "--split", choices=("test", "train"), default="test", help="train: to choose defaults by; only the first table, printed"
@@ -271,7 +274,7 @@ def main() -> None:
         bundle = prepare(work / "bundle", [], options.checkpoint)
         geometry = bundle.manifest.geometry
         by_keep, by_layer = list_arms(geometry.depth)
-        if options.split == "train":
+        if options.split == "train" or options.layer_questions == 0:
             by_layer = []
         bundle = prepare(work / "bundle", by_keep + by_layer, options.checkpoint)
         right = answer(bundle, by_keep, options.questions, work, "keep", options.split)
