@@ -116,6 +116,7 @@ class _Splice:
             attention_scale=decoder.layers[cutting.layer].scale,
             grid=self._grid,
             original_visual=self._profile.visual_tokens,
+            since=self._start,
         )
         return StageInputs(
             geometry=geometry,
@@ -123,8 +124,9 @@ class _Splice:
             original_index=rows.original_visual,
             text=rows.text,
             all_text=rows.all_text,
+            real=rows.real,
             inputs_embeds=self._embeds,
-            taps={tap: self._tap(tap) for tap in cutting.selector.taps(cutting.layer, decoder.depth)},
+            taps={tap: self._tap(tap) for tap in cutting.selector.taps(cutting.layer, decoder.depth, self._start)},
             carried=rows.carried,
         )
 
@@ -134,7 +136,10 @@ class _Splice:
                 f"a selector reads {tap.kind} of layer {tap.layer}, which ran before the previous cut at layer {self._start}: "
                 "carry it along"
             )
-        value: ir.Value = getattr(self._decoder.layers[tap.layer], tap.kind)
+        layer = self._decoder.layers[tap.layer]
+        if tap.kind == "final_normed":
+            return norm_finally(self._build, self._decoder, self._segment.get(layer.residual), self._weights)
+        value: ir.Value = getattr(layer, tap.kind)
         return self._segment.get(value)
 
     def attend(self, layer: Layer) -> None:
@@ -188,12 +193,21 @@ def emit_logits(build: GraphBuilder, decoder: Decoder, hidden: ir.Value, weights
     The head is a Gemm on the checkpoint's own ``[V, D]``, so that a tied embedding needs no transposed second copy.
     """
     op = build.op
-    bound = {decoder.inputs_embeds: hidden, decoder.layers[-1].residual_out: hidden}
-    end = Instance(build, decoder.model.graph, scope="head", bound=bound, weights=weights)
+    end = _enter_head(build, decoder, hidden, weights)
     normed = op.Squeeze(end.get(decoder.head_input), [1])  # [B, D]
     end.bind(decoder.head, op.Gemm(normed, end.get(decoder.head_weight), transB=1))
     logits = end.get(decoder.logits)
     return logits if logits.dtype == ir.DataType.FLOAT else op.Cast(logits, to=ir.DataType.FLOAT)
+
+
+def norm_finally(build: GraphBuilder, decoder: Decoder, stream: ir.Value, weights: dict[str, ir.Value]) -> ir.Value:
+    """The decoder's final norm of any ``stream[B, n, D]``."""
+    return _enter_head(build, decoder, stream, weights).get(decoder.head_input)
+
+
+def _enter_head(build: GraphBuilder, decoder: Decoder, stream: ir.Value, weights: dict[str, ir.Value]) -> Instance:
+    bound = {decoder.inputs_embeds: stream, decoder.layers[-1].residual_out: stream}
+    return Instance(build, decoder.model.graph, scope="head", bound=bound, weights=weights)
 
 
 def _name_value(build: GraphBuilder, value: ir.Value, name: str) -> ir.Value:

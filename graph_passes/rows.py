@@ -18,8 +18,8 @@ class Rows:
 
     ``visual_index[B, Nv]`` ascending rows of this sequence, ``original_visual[B, Nv]`` the same tokens counted among the
     model's visual tokens, ``original_row[B, S]`` rows of the unpruned sequence, ``position_ids[B, S]``, ``is_visual[B, S]``,
-    ``text[B, S]`` real text after the first visual token, ``all_text[B, S]`` all real text; ``carried`` float32 values
-    ``[B, S]`` that selectors left.
+    ``text[B, S]`` real text after the first visual token, ``all_text[B, S]`` all real text, ``real[B, S]`` all but padding;
+    ``carried`` float32 values ``[B, S]`` that selectors left.
     """
 
     batch: int
@@ -32,6 +32,7 @@ class Rows:
     is_visual: ir.Value
     text: ir.Value
     all_text: ir.Value
+    real: ir.Value
     carried: Mapping[str, ir.Value]
 
 
@@ -66,6 +67,7 @@ def describe_rows(
         is_visual=is_visual,
         text=text,
         all_text=all_text,
+        real=real,
         carried={},
     )
 
@@ -95,6 +97,7 @@ def cut_rows(build: GraphBuilder, rows: Rows, order: ir.Value, keep: int, *, com
         is_visual=_gather_flags(build, rows.is_visual, source),
         text=_gather_flags(build, rows.text, source),
         all_text=_gather_flags(build, rows.all_text, source),
+        real=_gather_flags(build, rows.real, source),
         carried={name: op.GatherElements(value, source, axis=1) for name, value in {**rows.carried, **carried}.items()},
     )
     return Cut(following, source, op.GatherElements(rows.original_row, kept, axis=1))

@@ -5,14 +5,17 @@ A selector never gathers, renumbers or writes caches: it only says, in order, wh
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import ClassVar, Literal
 
 import onnx_ir as ir
 from onnxscript import GraphBuilder
 
-from sievert.bundle.plan import Option
+from sievert.bundle.plan import Stage, resolve_keep
+from sievert.bundle.specs import Geometry
+from sievert.graph_passes.selectors.options import check_values
 
 TapKind = Literal[
     "q",  # [B, H, S, d] before rotary, after any q norm
@@ -25,6 +28,7 @@ TapKind = Literal[
     "attention_out",  # [B, S, D] its output before the residual add
     "mlp_in",  # [B, S, D] normed input of the mlp
     "mlp_out",  # [B, S, D] its output before the residual add
+    "final_normed",  # [B, S, D] the decoder's final norm of the stream entering the layer
 ]
 
 
@@ -37,17 +41,22 @@ class Tap:
 
 
 @dataclass(frozen=True)
-class Carry:
-    """A per-token float32 value ``[B, S]`` a stage leaves for later ones; the splice gathers it along every cut."""
+class VisionTap:
+    """What the vision encoder scores its patches by: the attention they receive in one of its layers.
 
-    name: str
+    ``layer``: ``feature`` is the one that feeds the projector, ``second_last`` the encoder's second-last. ``queries``: the mean over all
+    rows of the map (class token included), or the class token's row alone.
+    """
+
+    layer: Literal["feature", "second_last"]
+    queries: Literal["mean", "class_token"]
 
 
 @dataclass(frozen=True)
 class StageGeometry:
     """Static numbers of one stage. ``sequence`` (S) and ``visual`` (Nv) are what *enters* it; ``keep`` (K) what it leaves.
 
-    ``original_visual`` is the model's number of visual tokens, before any cut.
+    ``original_visual`` is the model's number of visual tokens, before any cut; ``since`` the layer of the previous cut, 0 if there is none.
     """
 
     layer: int
@@ -62,6 +71,7 @@ class StageGeometry:
     attention_scale: float
     grid: tuple[int, int]
     original_visual: int
+    since: int = 0
 
 
 @dataclass(frozen=True)
@@ -70,8 +80,9 @@ class StageInputs:
 
     ``visual_index[B, Nv]`` int64, ascending rows of the stage's sequence; ``original_index[B, Nv]`` the same tokens' number among
     the model's visual tokens (0..Nv-1 before any cut); ``text[B, S]`` bool, real text after the first visual token;
-    ``all_text[B, S]`` bool, all real text. ``taps`` have the model's dtype. ``inputs_embeds[B, S, D]`` is gathered along like a tap.
-    ``carried`` holds the carries that earlier stages left; ``visual_scores[B, Nv]`` float32 is there where a selector asked for it.
+    ``all_text[B, S]`` bool, all real text; ``real[B, S]`` bool, everything but padding, which stands at the end. ``taps`` have the
+    model's dtype. ``inputs_embeds[B, S, D]`` is gathered along like a tap. ``carried`` holds the values that earlier stages left, gathered
+    likewise; ``visual_scores[B, Nv]`` float32 is there where the selector has a vision tap.
     """
 
     geometry: StageGeometry
@@ -79,6 +90,7 @@ class StageInputs:
     original_index: ir.Value
     text: ir.Value
     all_text: ir.Value
+    real: ir.Value
     inputs_embeds: ir.Value
     taps: Mapping[Tap, ir.Value]
     carried: Mapping[str, ir.Value]
@@ -96,25 +108,45 @@ class Selection:
     carried: Mapping[str, ir.Value]
 
 
-class Selector(Protocol):
-    """One selector with its options; a frozen dataclass whose fields are the options (``options()`` of the registry)."""
+class Selector(ABC):
+    """One selector with its options: a frozen dataclass whose fields are the options (``options()`` of the registry)."""
+
+    name: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        check_values(self.name, self)
 
     @property
-    def name(self) -> str:
-        """Its name in the registry."""
-        ...
+    def vision_tap(self) -> VisionTap | None:
+        """What it reads of the vision encoder; such a selector cuts before layer 0."""
+        return None
 
-    def taps(self, layer: int, depth: int) -> tuple[Tap, ...]:
-        """Which tensors to hand over, for a cut before ``layer`` of ``depth``."""
-        ...
+    def taps(self, layer: int, depth: int, since: int = 0) -> tuple[Tap, ...]:  # noqa: ARG002 (some read nothing)
+        """Which tensors of the decoder to hand over, for a cut before ``layer`` of ``depth``.
 
+        ``since`` is the layer of the cut before this one, 0 if there is none: what lies before it ran on another sequence.
+        """
+        return ()
+
+    def check(self, stage: Stage, model: Geometry) -> None:  # noqa: B027 (most can cut anywhere)
+        """Refuse a stage this selector cannot make.
+
+        Raises:
+            PlanError: says why, and what would do.
+        """
+
+    def resolve_keep(self, requested: str, model: Geometry) -> int:
+        """``22%`` or a count as the number of tokens that are really kept.
+
+        Raises:
+            PlanError: neither form, out of range, or a count this selector cannot make.
+        """
+        return resolve_keep(requested, model.visual_tokens)
+
+    @abstractmethod
     def select(self, build: GraphBuilder, inputs: StageInputs) -> Selection:
         """Add the subgraph to the builder's graph. Static shapes only; no NonZero, Compress, Loop or If."""
-        ...
 
+    @abstractmethod
     def largest_topk(self, visual: int, keep: int) -> int:
         """The largest K of any TopK the subgraph holds, for lint."""
-        ...
-
-
-SelectorOptions = Mapping[str, Option]

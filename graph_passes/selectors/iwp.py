@@ -12,13 +12,13 @@ from typing import ClassVar, Literal
 import onnx_ir as ir
 from onnxscript import GraphBuilder
 
-from sievert.graph_passes.selectors.base import Selection, StageGeometry, StageInputs, Tap
-from sievert.graph_passes.selectors.options import check_values, choice, flag, number
+from sievert.graph_passes.selectors.base import Selection, Selector, StageGeometry, StageInputs, Tap
+from sievert.graph_passes.selectors.options import choice, flag, number
 from sievert.graph_passes.selectors.rank import TINY, Op, gather_visual, mean_text, take_best, take_outputs
 
 
 @dataclass(frozen=True)
-class Iwp:
+class Iwp(Selector):
     """The paper's selector; every field is an option.
 
     ``first_chunk`` and ``growth`` size the chunks; ``strength`` and ``floor`` shape the penalty of what resembles the newest chunk (with
@@ -40,10 +40,7 @@ class Iwp:
 
     name: ClassVar[str] = "iwp"
 
-    def __post_init__(self) -> None:
-        check_values(self.name, self)
-
-    def taps(self, layer: int, depth: int) -> tuple[Tap, ...]:  # noqa: ARG002 (every layer alike)
+    def taps(self, layer: int, depth: int, since: int = 0) -> tuple[Tap, ...]:  # noqa: ARG002 (every layer alike)
         """q, k and v of the layer that is cut before, with and without rotary as the options ask."""
         rotary = [self.magnitude_rotary] + [self.duplication_rotary] * (self.strength > 0)
         return (

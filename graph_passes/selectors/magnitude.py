@@ -7,13 +7,13 @@ from typing import ClassVar, Literal
 
 from onnxscript import GraphBuilder
 
-from sievert.graph_passes.selectors.base import Selection, StageInputs, Tap
+from sievert.graph_passes.selectors.base import Selection, Selector, StageInputs, Tap
 from sievert.graph_passes.selectors.iwp import Iwp
-from sievert.graph_passes.selectors.options import check_values, choice, flag
+from sievert.graph_passes.selectors.options import choice, flag
 
 
 @dataclass(frozen=True)
-class Magnitude:
+class Magnitude(Selector):
     """One TopK of the magnitude; every field is an option and means what it means for :class:`Iwp`."""
 
     head_norm: Literal["global", "softmax"] = choice("global", "softmax")
@@ -23,12 +23,9 @@ class Magnitude:
 
     name: ClassVar[str] = "magnitude"
 
-    def __post_init__(self) -> None:
-        check_values(self.name, self)
-
-    def taps(self, layer: int, depth: int) -> tuple[Tap, ...]:
+    def taps(self, layer: int, depth: int, since: int = 0) -> tuple[Tap, ...]:
         """q, k and v of the layer that is cut before."""
-        return self._make_iwp().taps(layer, depth)
+        return self._make_iwp().taps(layer, depth, since)
 
     def largest_topk(self, visual: int, keep: int) -> int:
         """All kept tokens at once."""

@@ -9,25 +9,18 @@ import numpy as np
 import onnx_ir as ir
 from onnxscript import GraphBuilder
 
-from sievert.graph_passes.selectors.base import Selection, StageInputs, Tap
-from sievert.graph_passes.selectors.options import check_values, number
+from sievert.graph_passes.selectors.base import Selection, Selector, StageInputs
+from sievert.graph_passes.selectors.options import number
 from sievert.graph_passes.selectors.rank import take_best
 
 
 @dataclass(frozen=True)
-class Random:
+class Random(Selector):
     """The first tokens that are left of one fixed permutation of the model's visual tokens, drawn from ``seed``."""
 
     seed: int = number(0, at_least=0)
 
     name: ClassVar[str] = "random"
-
-    def __post_init__(self) -> None:
-        check_values(self.name, self)
-
-    def taps(self, layer: int, depth: int) -> tuple[Tap, ...]:  # noqa: ARG002 (it reads none)
-        """None."""
-        return ()
 
     def largest_topk(self, visual: int, keep: int) -> int:  # noqa: ARG002 (no TopK over all tokens)
         """All kept tokens at once."""

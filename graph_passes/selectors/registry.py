@@ -14,22 +14,24 @@ from sievert.graph_passes.selectors.iwp import Iwp
 from sievert.graph_passes.selectors.magnitude import Magnitude
 from sievert.graph_passes.selectors.options import check_names, list_options
 from sievert.graph_passes.selectors.random_ import Random
+from sievert.graph_passes.selectors.schedule import SEVENTH, Schedule
 from sievert.graph_passes.selectors.uniform import Uniform
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A selector's class, what it does in one line, and its paper (empty where there is none)."""
+    """A selector's class, what it does in one line, where its paper cuts, and the paper (empty where there is none)."""
 
     factory: Callable[..., Selector]
     summary: str
+    schedule: Schedule = SEVENTH
     paper: str = ""
 
 
 SELECTORS: Final[Mapping[str, Entry]] = MappingProxyType(
     {
-        "iwp": Entry(Iwp, "tokens with large weight updates toward the question, without duplicates", "arXiv:2604.00757"),
-        "magnitude": Entry(Magnitude, "iwp's first half: tokens with large weight updates toward the question", "arXiv:2604.00757"),
+        "iwp": Entry(Iwp, "tokens with large weight updates toward the question, without duplicates", paper="arXiv:2604.00757"),
+        "magnitude": Entry(Magnitude, "iwp's first half: tokens with large weight updates toward the question", paper="arXiv:2604.00757"),
         "random": Entry(Random, "a seeded random choice, the same for every image: a floor to beat"),
         "uniform": Entry(Uniform, "every n-th token: a floor to beat"),
     }

@@ -9,18 +9,14 @@ import numpy as np
 import onnx_ir as ir
 from onnxscript import GraphBuilder
 
-from sievert.graph_passes.selectors.base import Selection, StageInputs, Tap
+from sievert.graph_passes.selectors.base import Selection, Selector, StageInputs
 
 
 @dataclass(frozen=True)
-class Uniform:
+class Uniform(Selector):
     """Places floor((i + 0.5) * Nv / K) of the tokens that enter the stage. No options."""
 
     name: ClassVar[str] = "uniform"
-
-    def taps(self, layer: int, depth: int) -> tuple[Tap, ...]:  # noqa: ARG002 (it reads none)
-        """None."""
-        return ()
 
     def largest_topk(self, visual: int, keep: int) -> int:  # noqa: ARG002 (there is no TopK)
         """0: there is none."""

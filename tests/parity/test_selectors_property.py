@@ -59,7 +59,7 @@ def make_case(
     if ties:
         taps = {kind: np.clip(np.round(values * 8) / 8, -2, 2) for kind, values in taps.items()}
     visual_index, original_index = np.zeros((2, batch, visual), np.int64)
-    text, all_text = np.zeros((2, batch, S), bool)
+    text, all_text, real_rows = np.zeros((3, batch, S), bool)
     samples = []
     for b in range(batch):
         after = int(rng.integers(1, extra + 1))
@@ -70,7 +70,7 @@ def make_case(
         scattered = np.sort(rng.permutation(visual + after - 1)[: visual - 1]) + 1 + first  # the first visual row is `first`
         visual_index[b] = np.concatenate([[first], scattered])
         original_index[b] = np.sort(rng.permutation(original)[:visual])
-        all_text[b, :real] = True
+        real_rows[b, :real] = all_text[b, :real] = True
         all_text[b, visual_index[b]] = False
         text[b] = all_text[b] & (np.arange(S) > first)
         if ties:
@@ -114,6 +114,7 @@ def make_case(
         "original_index": original_index,
         "text": text,
         "all_text": all_text,
+        "real": real_rows,
         "inputs_embeds": np.zeros((batch, S, 4), np.float32),
         **taps,
     }

@@ -10,7 +10,7 @@ from onnxscript import GraphBuilder
 from sievert.graph_passes.selectors.base import StageInputs
 from sievert.graph_passes.selectors.iwp import Iwp
 from sievert.graph_passes.selectors.registry import SELECTORS, make
-from tests.graph_passes.selectors.harness import build_standalone, make_geometry
+from tests.graph_passes.selectors.harness import WIDE, build_standalone, make_geometry
 
 # Seen to build in TensorRT for RTX; a selector that needs another one shows there first that it builds.
 OPERATORS = {
@@ -46,14 +46,20 @@ def test_two_stages_fit_into_one_graph(name):
     for stage in range(2):
         geometry = make_geometry(visual=12 - 4 * stage, keep=8 - 4 * stage, original_visual=12)
         scope = f"select.{stage}"
-        heads = {"q": geometry.heads}
+        heads = {"q": geometry.heads, "q_rotary": geometry.heads}
         taps = {
-            tap: build.input(f"{scope}.{tap.kind}", ir.DataType.FLOAT, [1, heads.get(tap.kind, 2), geometry.sequence, 8])
+            tap: build.input(
+                f"{scope}.{tap.kind}.{tap.layer}",
+                ir.DataType.FLOAT,
+                [1, geometry.sequence, 16] if tap.kind in WIDE else [1, heads.get(tap.kind, 2), geometry.sequence, 8],
+            )
             for tap in make(name, {}).taps(4, 28)
         }
+        embeds = build.input(f"{scope}.embeds", ir.DataType.FLOAT, [1, geometry.sequence, 16])
+        visual_scores = build.input(f"{scope}.visual_scores", ir.DataType.FLOAT, [1, geometry.visual])
         index = build.input(f"{scope}.index", ir.DataType.INT64, [1, geometry.visual])
         text = build.input(f"{scope}.text", ir.DataType.BOOL, [1, geometry.sequence])
-        inputs = StageInputs(geometry, index, index, text, text, text, taps, {})
+        inputs = StageInputs(geometry, index, index, text, text, text, embeds, taps, {}, visual_scores)
         build.push_module(scope)
         selection = make(name, {}).select(build, inputs)
         build.pop_module()

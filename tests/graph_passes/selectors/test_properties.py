@@ -39,7 +39,9 @@ def assert_sound(result, geometry):
 @pytest.mark.parametrize(("visual", "keep"), [(1, 1), (2, 1), (7, 7), (40, 13), (40, 40)])
 def test_orders_name_each_place_once(name, visual, keep):
     geometry = make_geometry(visual=visual, keep=keep, batch=3, original_visual=visual + 5)
-    assert_sound(run_standalone(make(name, {}), geometry, random_feeds(geometry, visual)), geometry)
+    selector = make(name, {})
+    feeds = random_feeds(geometry, visual, taps=selector.taps(geometry.layer, geometry.depth))
+    assert_sound(run_standalone(selector, geometry, feeds), geometry)
 
 
 @pytest.mark.parametrize("options", IWP_OPTIONS)
@@ -64,12 +66,11 @@ def test_without_strength_iwp_is_a_topk_of_the_magnitude():
 @pytest.mark.parametrize("name", SELECTORS)
 def test_a_sample_does_not_see_its_batch(name):
     geometry = make_geometry(visual=30, keep=12, batch=3)
-    feeds = random_feeds(geometry, 5)
-    together = run_standalone(make(name, {}), geometry, feeds)
+    selector = make(name, {})
+    feeds = random_feeds(geometry, 5, taps=selector.taps(geometry.layer, geometry.depth))
+    together = run_standalone(selector, geometry, feeds)
     for sample in range(3):
-        alone = run_standalone(
-            make(name, {}), replace(geometry, batch=1), {kind: feed[sample : sample + 1] for kind, feed in feeds.items()}
-        )
+        alone = run_standalone(selector, replace(geometry, batch=1), {kind: feed[sample : sample + 1] for kind, feed in feeds.items()})
         np.testing.assert_array_equal(alone.order[0], together.order[sample])
         np.testing.assert_allclose(alone.scores[0], together.scores[sample], rtol=1e-5, atol=1e-6)
 
