@@ -70,7 +70,8 @@ class EngineEntry(Record):
 class Variant(Record):
     """Static graphs over the bundle's weights: ``vision_encoder``, ``embed_tokens``, ``prefill``, ``decode``.
 
-    ``capacities`` are the cache rows of each layer.
+    ``capacities`` are the cache rows of each layer. ``reads_question``: a selector is guided by the text after the image, so there must
+    be some.
     """
 
     plan: Plan
@@ -78,6 +79,7 @@ class Variant(Record):
     capacities: tuple[int, ...]
     graphs: dict[str, GraphEntry]
     engines: dict[str, EngineEntry] = {}
+    reads_question: bool = False
 
 
 class Step(Record):

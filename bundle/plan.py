@@ -61,11 +61,6 @@ class Plan(Record):
             keep, layer = stage.keep, stage.layer
 
 
-def default_layer(depth: int) -> int:
-    """The layer to prune at when none is given: a seventh of the depth (the IWP paper's 4 of 28), at least 1."""
-    return min(depth - 1, max(1, round(depth / 7)))
-
-
 def resolve_keep(text: str, visual_tokens: int) -> int:
     """``22%`` or a count, as a number of visual tokens.
 

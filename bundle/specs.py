@@ -45,7 +45,8 @@ class Geometry(Record):
     """The numbers of a model that every stage needs. Units are tokens, layers, heads, elements and pixels.
 
     ``attention_scale`` is what the decoder multiplies q.k by (1/sqrt(d) in most models); ``eos_token_ids`` are the stop
-    tokens of the generation config; ``grid`` is the patch grid (rows, columns) of one image after merging.
+    tokens of the generation config; ``grid`` is the patch grid (rows, columns) of one image after merging. ``vision_layers`` is the
+    vision encoder's depth, 0 in bundles made before it was recorded; ``class_tokens`` stand before its patches.
     """
 
     depth: int
@@ -64,3 +65,5 @@ class Geometry(Record):
     channels: int
     grid: tuple[int, int]
     visual_tokens: int
+    vision_layers: int = 0
+    class_tokens: int = 0

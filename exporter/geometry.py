@@ -68,6 +68,8 @@ def read_geometry(checkpoint: Checkpoint, config: PreTrainedConfig, *, window: i
         channels=vision.num_channels,
         grid=(rows, rows),
         visual_tokens=visual,
+        vision_layers=vision.num_hidden_layers,
+        class_tokens=architecture.towers[vision.model_type],
     )
 
 

@@ -124,7 +124,7 @@ def find_decoder(model: ir.Model) -> Decoder:
 
 
 def _find_layer(attention: ir.Node, index: int) -> Layer:
-    _confirm_scope(attention, index)
+    confirm_scope(attention, index)
     q_rotary, key, value, *rest = list(attention.inputs)
     mask = rest[0] if rest else None
     if any(extra is not None for extra in rest[1:]) or len(attention.outputs) != 1:
@@ -166,7 +166,12 @@ def _find_head(logits: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
     return value, hidden, _given(transpose.inputs[0], transpose)
 
 
-def _confirm_scope(node: ir.Node, index: int) -> None:
+def confirm_scope(node: ir.Node, index: int) -> None:
+    """Check that attention number ``index`` of a graph was exported from layer ``index``, where the exporter left its module's name.
+
+    Raises:
+        GraphError: it was exported from another one.
+    """
     scopes = node.metadata_props.get(_SCOPES)
     if scopes is None:
         return

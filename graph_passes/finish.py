@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from typing import Final
 
@@ -12,17 +11,15 @@ from onnx_ir.passes.common import (
     IdentityEliminationPass,
     LiftConstantsToInitializersPass,
     RemoveUnusedNodesPass,
+    ShapeInferencePass,
     TopologicalSortPass,
 )
 from onnxscript import optimizer
 
 from sievert.bundle.errors import GraphError
 
-logger = logging.getLogger(__name__)
-
 # Folding below this many elements; a folded constant stays far under 1 MiB, and weights are never touched.
 _FOLD_ELEMENTS: Final = 8192
-LARGEST_CONSTANT_BYTES: Final = 1 << 20
 NAMED: Final = "stage."
 """Inner values whose name starts so are part of the interface: `expose` makes outputs of them."""
 _ROUNDS: Final = 8
@@ -69,6 +66,7 @@ class FixShapes(ir.passes.InPlacePass):
             modified = True
         for _ in named:
             model.graph.outputs.pop()
+        ShapeInferencePass()(model)  # the files say every shape, of what `expose` shows too
         for name, value in list(model.graph.initializers.items()):
             if not value.uses() and not value.is_graph_output():  # a named value that turned out constant
                 del model.graph.initializers[name]
@@ -84,10 +82,6 @@ class FixShapes(ir.passes.InPlacePass):
             for value in node.outputs:
                 if value.shape is not None and value.shape.is_dynamic():
                     raise GraphError(f"{value.name!r} of {node.op_type} node {node.name!r} still has the shape {value.shape}")
-        for name, value in model.graph.initializers.items():
-            tensor = value.const_value
-            if tensor is not None and not isinstance(tensor, ir.ExternalTensor) and tensor.nbytes > LARGEST_CONSTANT_BYTES:
-                logger.warning("constant %s holds %d bytes inside the graph file", name, tensor.nbytes)
 
 
 def _should_fold(node: ir.Node) -> bool | None:

@@ -26,6 +26,7 @@ from sievert.graph_passes.decoder import Decoder, Layer
 from sievert.graph_passes.instance import Instance
 from sievert.graph_passes.rows import cut_rows, describe_rows, gather_rows
 from sievert.graph_passes.selectors.base import Selector, StageGeometry, StageInputs, Tap
+from sievert.graph_passes.vision_scores import VISUAL_SCORES
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,12 @@ class Cutting:
 def build_prefill(decoder: Decoder, profile: Profile, plan: Plan, cuttings: Sequence[Cutting], grid: tuple[int, int]) -> ir.Model:
     """The static prefill graph of the contract (DESIGN.md), pruned by ``cuttings`` in order; none gives the unpruned graph.
 
+    It takes ``visual_scores[B, Nv]`` where a selector has a vision tap.
+
     Inner values ``stage.{s}.residual``, ``stage.{s}.scores`` and ``stage.{s}.order`` keep these names for ``expose``.
     """
-    splice = _Splice(decoder, profile, plan, grid)
+    scored = any(cutting.selector.vision_tap is not None for cutting in cuttings)
+    splice = _Splice(decoder, profile, plan, grid, scored=scored)
     cuts = {cutting.layer: (number, cutting) for number, cutting in enumerate(cuttings)}
     for layer in decoder.layers:
         if layer.index in cuts:
@@ -54,7 +58,7 @@ def build_prefill(decoder: Decoder, profile: Profile, plan: Plan, cuttings: Sequ
 class _Splice:
     """The prefill graph while it is put together: the sequence as it stands, and the instance of the decoder that runs on it."""
 
-    def __init__(self, decoder: Decoder, profile: Profile, plan: Plan, grid: tuple[int, int]) -> None:
+    def __init__(self, decoder: Decoder, profile: Profile, plan: Plan, grid: tuple[int, int], *, scored: bool) -> None:
         self._decoder, self._profile, self._plan, self._grid = decoder, profile, plan, grid
         self._build = build = GraphBuilder(ir.Graph([], [], nodes=[], opset_imports={"": 24}, name="prefill"))
         batch, length, visual = profile.batch, profile.sequence, profile.visual_tokens
@@ -62,6 +66,7 @@ class _Splice:
         position_ids = build.input("position_ids", ir.DataType.INT64, [batch, length])
         self._attention_mask = build.input("attention_mask", ir.DataType.INT64, [batch, length])
         visual_index = build.input("visual_index", ir.DataType.INT64, [batch, visual])
+        self._scores = build.input(VISUAL_SCORES, ir.DataType.FLOAT, [batch, visual]) if scored else None
         dropped = [plan.dropped_at(index, visual) for index in range(decoder.depth)]
         self._caches = [add_cache_inputs(build, decoder, index, batch, profile.capacity(lost)) for index, lost in enumerate(dropped)]
         self._weights: dict[str, ir.Value] = {}
@@ -128,6 +133,7 @@ class _Splice:
             inputs_embeds=self._embeds,
             taps={tap: self._tap(tap) for tap in cutting.selector.taps(cutting.layer, decoder.depth, self._start)},
             carried=rows.carried,
+            visual_scores=self._scores if cutting.layer == 0 else None,
         )
 
     def _tap(self, tap: Tap) -> ir.Value:

@@ -17,6 +17,7 @@ from sievert.graph_passes.finish import FixShapes
 from sievert.graph_passes.prefill import Cutting, build_prefill
 from sievert.graph_passes.selectors import registry
 from sievert.graph_passes.specialise import specialise
+from sievert.graph_passes.vision_scores import AddVisionScores
 
 GRAPHS: Final = ("vision_encoder", "embed_tokens", "prefill", "decode")
 
@@ -37,6 +38,8 @@ def make_variant(
     profile.check(geometry)
     plan.check(geometry)
     cuttings = [Cutting(registry.make(stage.selector, stage.options), stage.layer, stage.keep) for stage in plan.stages]
+    for stage, cutting in zip(plan.stages, cuttings, strict=True):
+        cutting.selector.check(stage, geometry)
     progress("reading the decoder")
     decoder = find_decoder(dynamic["decoder"])
     prove_causal(decoder, profile.capacity())
@@ -48,6 +51,9 @@ def make_variant(
             dynamic["vision_encoder"], {"pixel_values": (batch, geometry.channels, geometry.image_height, geometry.image_width)}
         )
     }
+    tap = cuttings[0].selector.vision_tap if cuttings else None
+    if tap is not None:
+        graphs["vision_encoder"] = FixShapes()(AddVisionScores(tap, geometry)(graphs["vision_encoder"])).model
     progress("embed_tokens")
     graphs["embed_tokens"] = specialise(
         dynamic["embed_tokens"],

@@ -19,8 +19,8 @@ from sievert.engines.run.memory import Buffer, Memory, fixed_shape
 class ModelFile:
     """A graph to load: a checked file of a bundle and its SHA-256.
 
-    ``content`` is an ONNX model to run in place of the file (the same graph with more outputs); its weights are looked for
-    beside ``path``. Only runtimes that read ONNX take it.
+    ``content`` is an ONNX model to run in place of the file, which need not exist then; its weights are looked for beside ``path``. Only
+    runtimes that read ONNX take it.
     """
 
     path: Path

@@ -184,7 +184,7 @@ def failures() -> tuple[type[Exception], ...]:
 
 
 def _load_error(model: ModelFile, error: Exception) -> Exception:
-    if not model.path.is_file():
+    if model.content is None and not model.path.is_file():
         return IntegrityError(f"{model.path.name} is missing from {model.path.parent}")
     return EngineError(f"{model.path.name}: ONNX Runtime refused the graph: {error}")
 

@@ -7,15 +7,16 @@ import logging
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Final, Literal, Self
 
 import numpy as np
 
-from sievert.bundle.errors import EngineError, IntegrityError, ProfileError
+from sievert.bundle.errors import EngineError, IntegrityError, ProfileError, PromptError
+from sievert.bundle.files import sha256_bytes
 from sievert.bundle.manifest import GraphEntry
 from sievert.bundle.store import Bundle
-from sievert.engines.run.base import Cache, Runtime, Session
+from sievert.engines.run.base import Cache, ModelFile, Runtime, Session
 from sievert.engines.run.dtypes import Array
 from sievert.engines.run.files import find_model
 from sievert.engines.run.memory import Buffer, fixed_shape
@@ -60,13 +61,14 @@ class Pipeline:
     is slot i of decode. Otherwise a prefilled row gets a slot by :meth:`fill`, while other slots go on.
 
     ``engine`` is a name or a configured :class:`Runtime`. ``lowered_for`` runs the ONNX files that were lowered for that engine.
-    ``prefill_model`` is an ONNX model to run instead of the variant's prefill: the same graph with more outputs.
+    ``prefill_model`` is an ONNX model to run instead of the variant's prefill: the same graph with more outputs. ``graphs`` are ONNX
+    models to run instead of the files of these names, which need not exist; weights are looked for in the bundle's folder.
 
     Raises:
         VariantError: no such variant, or it has no engines of that name.
         EngineUnavailableError: the runtime cannot run here.
         IntegrityError: a graph that is not what the manifest says.
-        EngineError: the runtime refused a graph.
+        EngineError: the runtime refused a graph, or reads no ONNX where that is given.
     """
 
     def __init__(
@@ -77,14 +79,20 @@ class Pipeline:
         *,
         lowered_for: str = "",
         prefill_model: bytes | None = None,
+        graphs: Mapping[str, bytes] = MappingProxyType({}),
     ) -> None:
         self.variant = bundle.variant(variant_name)
         self.geometry = bundle.manifest.geometry
         self.profile = self.variant.profile
         self.runtime = find_runtime(engine) if isinstance(engine, str) else engine
+        if graphs and not self.runtime.reads_onnx:
+            raise EngineError(f"{self.runtime.name} runs engine files: graphs in memory run with the engine onnxruntime")
         self._sessions: dict[str, Session] = {}
         for graph in GRAPHS:
-            model = find_model(bundle, variant_name, graph, self.runtime, lowered_for)
+            if graph in graphs:
+                model = ModelFile(bundle.path / self.variant.graphs[graph].file, sha256_bytes(graphs[graph]), graphs[graph])
+            else:
+                model = find_model(bundle, variant_name, graph, self.runtime, lowered_for)
             if graph == "prefill" and prefill_model is not None:
                 model = replace(model, content=prefill_model)
             self._sessions[graph] = session = self.runtime.load(model)
@@ -140,9 +148,16 @@ class Pipeline:
         With separate caches (another decode batch) nothing that is being decoded is touched; see :meth:`fill`.
 
         Raises:
+            PromptError: no text after the image, and a selector that is guided by it.
             ProfileError: shapes that are not the profile's.
             EngineError: the runtime failed.
         """
+        if self.variant.reads_question and (row := batch.without_question()) is not None:
+            selectors = ", ".join(dict.fromkeys(stage.selector for stage in self.variant.plan.stages))
+            raise PromptError(
+                f"prompt {row + 1} of {batch.rows} has no text after the image, and {selectors} keeps what that text asks for: write the "
+                "question after the image, or use the variant full"
+            )
         if self._poisoned:
             # Prefill writes rows 0..S-1; the rest is masked until decode writes it, but a masked NaN is still NaN times zero.
             for cache in self._prefill_caches:

@@ -42,6 +42,12 @@ class PromptBatch:
         """The real tokens ``[length]`` of one row."""
         return self.input_ids[row, : self.lengths[row]]
 
+    def without_question(self) -> int | None:
+        """The first row whose text all stands before the image, or None."""
+        first, visual = self.visual_index[:, 0], self.visual_index.shape[1]
+        after = np.asarray(self.lengths) - first - visual
+        return next((row for row in range(self.rows) if after[row] < 1), None)
+
 
 class Prompter:
     """The checkpoint's own processor and tokenizer, held to a profile.

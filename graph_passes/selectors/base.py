@@ -13,6 +13,7 @@ from typing import ClassVar, Literal
 import onnx_ir as ir
 from onnxscript import GraphBuilder
 
+from sievert.bundle.errors import PlanError
 from sievert.bundle.plan import Stage, resolve_keep
 from sievert.bundle.specs import Geometry
 from sievert.graph_passes.selectors.options import check_values
@@ -44,12 +45,39 @@ class Tap:
 class VisionTap:
     """What the vision encoder scores its patches by: the attention they receive in one of its layers.
 
-    ``layer``: ``feature`` is the one that feeds the projector, ``second_last`` the encoder's second-last. ``queries``: the mean over all
-    rows of the map (class token included), or the class token's row alone.
+    ``layer``: ``feature`` is the last one whose output feeds the projector, ``second_last`` the encoder's second-last. ``queries``: the
+    mean over all rows of the map (class token included), the class token's row alone, or (``auto``) that row where there is one.
     """
 
     layer: Literal["feature", "second_last"]
-    queries: Literal["mean", "class_token"]
+    queries: Literal["mean", "class_token", "auto"]
+
+    def reads_class_token(self, model: Geometry) -> bool:
+        """Whether the class token's row alone counts, for a model that was checked."""
+        return self.queries == "class_token" or (self.queries == "auto" and model.class_tokens > 0)
+
+    def check(self, selector: str, stage: Stage, model: Geometry) -> None:
+        """Refuse a stage or a model that ``selector`` cannot read this of.
+
+        Raises:
+            PlanError: not before layer 0, or an encoder without such a layer or without a class token.
+        """
+        if stage.layer != 0:
+            raise PlanError(
+                f"selector {selector} scores in the vision encoder and can only be the first cut, before layer 0, but it is to cut before "
+                f"layer {stage.layer}: use layer 0"
+            )
+        if model.vision_layers == 0 and (self.layer == "second_last" or self.queries != "mean"):
+            raise PlanError(
+                f"selector {selector} must know the vision encoder's layers and class token, which this bundle was made without: "
+                "export the model again"
+            )
+        if self.layer == "second_last" and model.vision_layers < 2:
+            raise PlanError(
+                f"selector {selector} reads the second-last layer of the vision encoder, which has but one: use another selector"
+            )
+        if self.queries == "class_token" and model.class_tokens == 0:
+            raise PlanError(f"selector {selector}: the vision encoder has no class token for queries=class_token: use queries=mean")
 
 
 @dataclass(frozen=True)
@@ -96,6 +124,18 @@ class StageInputs:
     carried: Mapping[str, ir.Value]
     visual_scores: ir.Value | None = None
 
+    def require_visual_scores(self) -> ir.Value:
+        """``visual_scores``, for a selector with a vision tap.
+
+        Raises:
+            PlanError: there are none at this stage.
+        """
+        if self.visual_scores is None:
+            raise PlanError(
+                f"no scores of the vision encoder before layer {self.geometry.layer}: they are for the first cut, before layer 0"
+            )
+        return self.visual_scores
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -121,6 +161,11 @@ class Selector(ABC):
         """What it reads of the vision encoder; such a selector cuts before layer 0."""
         return None
 
+    @property
+    def reads_question(self) -> bool:
+        """Whether it is guided by the text after the image, so that a prompt without any cannot be pruned: the option ``text`` tells."""
+        return getattr(self, "text", "") == "after_image"
+
     def taps(self, layer: int, depth: int, since: int = 0) -> tuple[Tap, ...]:  # noqa: ARG002 (some read nothing)
         """Which tensors of the decoder to hand over, for a cut before ``layer`` of ``depth``.
 
@@ -128,12 +173,14 @@ class Selector(ABC):
         """
         return ()
 
-    def check(self, stage: Stage, model: Geometry) -> None:  # noqa: B027 (most can cut anywhere)
-        """Refuse a stage this selector cannot make.
+    def check(self, stage: Stage, model: Geometry) -> None:
+        """Refuse a stage this selector cannot make: of most, none.
 
         Raises:
             PlanError: says why, and what would do.
         """
+        if self.vision_tap is not None:
+            self.vision_tap.check(self.name, stage, model)
 
     def resolve_keep(self, requested: str, model: Geometry) -> int:
         """``22%`` or a count as the number of tokens that are really kept.

@@ -14,7 +14,7 @@ from onnxscript import GraphBuilder
 
 from sievert.graph_passes.selectors.base import Selection, Selector, StageGeometry, StageInputs, Tap
 from sievert.graph_passes.selectors.options import choice, flag, number
-from sievert.graph_passes.selectors.rank import TINY, Op, gather_visual, mean_text, take_best, take_outputs
+from sievert.graph_passes.selectors.rank import TINY, Op, gather_visual, limit_topk, mean_text, take_best, take_outputs
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ class Iwp(Selector):
         return tuple(sizes)
 
     def largest_topk(self, visual: int, keep: int) -> int:  # noqa: ARG002 (no TopK over all tokens)
-        """The largest chunk."""
-        return max(self.chunks(keep))
+        """The largest chunk that is taken by a TopK."""
+        return max(limit_topk(size) for size in self.chunks(keep))
 
     def select(self, build: GraphBuilder, inputs: StageInputs) -> Selection:
         """Scores are the scaled magnitudes; the order is that of the rounds."""

@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from sievert.bundle.errors import PlanError, ProfileError
-from sievert.bundle.plan import Plan, Stage, default_layer, resolve_keep
+from sievert.bundle.plan import Plan, Stage, resolve_keep
 from sievert.bundle.profile import Profile
 from sievert.bundle.specs import Geometry
 
@@ -65,10 +65,6 @@ def test_shares_round_half_up(visual: int) -> None:
 def test_other_keeps_are_refused(text: str, message: str) -> None:
     with pytest.raises(PlanError, match=message):
         resolve_keep(text, 576)
-
-
-def test_default_layer_is_the_papers() -> None:
-    assert [default_layer(depth) for depth in (1, 2, 7, 10, 24, 28, 32)] == [0, 1, 1, 1, 3, 4, 5]
 
 
 @pytest.mark.parametrize(

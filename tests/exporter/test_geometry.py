@@ -34,6 +34,8 @@ def test_every_number(tmp_path: Path):
         "channels": 3,
         "grid": (6, 6),
         "visual_tokens": 36,
+        "vision_layers": 3,
+        "class_tokens": 0,
     }
 
 

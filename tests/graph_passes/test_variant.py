@@ -135,6 +135,8 @@ def test_dynamic_graphs_stay_as_they_were(exported: Exported) -> None:
         ({"keep": 17}, "keep=17 but the model has 16 visual tokens: choose 1..16"),
         ({"selector": "nosuch"}, "nosuch"),
         ({"options": {"strength": -1.0}}, "strength"),
+        ({"selector": "fopru"}, "before layer 0"),
+        ({"selector": "fopru", "layer": 0, "keep": 6, "options": {"strategy": "row"}}, "choose a multiple of 4"),
     ],
 )
 def test_plans_that_do_not_fit(exported: Exported, stage: dict[str, object], message: str) -> None:

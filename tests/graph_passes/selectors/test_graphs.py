@@ -14,11 +14,18 @@ from tests.graph_passes.selectors.harness import WIDE, build_standalone, make_ge
 
 # Seen to build in TensorRT for RTX; a selector that needs another one shows there first that it builds.
 OPERATORS = {
-    *("Cast", "Concat", "Div", "Exp", "Expand", "Gather", "GatherND", "Identity", "MatMul", "Max", "Min", "Mul", "Pad", "ReduceL2"),
-    *("ReduceMax", "ReduceMean", "ReduceMin", "ReduceSum", "ReduceSumSquare", "Reshape", "ScatterElements", "Softmax", "Split", "Sub"),
-    *("TopK", "Transpose", "Unsqueeze"),
+    *("Abs", "Add", "And", "Cast", "Concat", "Div", "Equal", "Exp", "Expand", "Gather", "GatherElements", "GatherND", "Greater"),
+    *("Identity", "Less", "LessOrEqual", "MatMul", "Max", "Min", "Mul", "Pad", "Range", "ReduceL2", "ReduceMax", "ReduceMean"),
+    *("ReduceMin", "ReduceSum", "ReduceSumSquare", "Reshape", "ScatterElements", "Slice", "Softmax", "Split", "Squeeze", "Sub", "TopK"),
+    *("Transpose", "Unsqueeze", "Where"),
+    *("ReduceL1", "Sqrt"),
 }
-MODELS = [*((name, {}) for name in SELECTORS), ("iwp", {"head_norm": "softmax", "duplication": "square_of_mean", "scaling": "max"})]
+DTYPES = {ir.DataType.FLOAT, ir.DataType.INT64, ir.DataType.BOOL}
+MODELS = [
+    *((name, {}) for name in SELECTORS),
+    ("iwp", {"head_norm": "softmax", "duplication": "square_of_mean", "scaling": "max"}),
+    ("transprune", {"weights": "image"}),
+]
 FULL_SIZE = make_geometry(visual=576, keep=128, sequence=616, heads=14, kv_heads=2, head_size=64)
 
 
@@ -33,7 +40,7 @@ def test_operators_shapes_and_types(name, options, dtype):
         for value in node.outputs:
             assert value.shape is not None and value.shape.is_static(), f"{value.name} of {node.name} is not static"
             if node.op_type not in ("Transpose", "GatherND"):  # a tap is rearranged in its own dtype, then cast
-                assert value.dtype in (ir.DataType.FLOAT, ir.DataType.INT64), f"{value.name} of {node.name} is {value.dtype}"
+                assert value.dtype in DTYPES, f"{value.name} of {node.name} is {value.dtype}"
     for value in inferred.graph.initializers.values():
         assert value.const_value is not None and value.const_value.nbytes <= 2**20, f"{value.name} is too large a constant"
     topks = [node.outputs[0].shape for node in inferred.graph if node.op_type == "TopK"]

@@ -1,0 +1,77 @@
+"""Attention as a layer about to run, or run already, gives it to visual tokens: only the rows of the map that a score reads.
+
+All of it in float32, causal, over real keys only; grouped query heads meet their kv head without repeating it.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import onnx_ir as ir
+
+from sievert.graph_passes.selectors.base import StageInputs, Tap
+from sievert.graph_passes.selectors.rank import FLOAT, Op, cast_float, gather_visual
+
+# The lowest float32: a softmax gives it exactly 0 next to any other logit, and a row of nothing else stays finite.
+LOWEST: Final = -3.4028234663852886e38
+
+
+def attend_last(op: Op, inputs: StageInputs, layer: int) -> ir.Value:
+    """Mean over heads of the attention that the last real row pays to visual tokens in ``layer``: [B, Nv] float32."""
+    real = op.Cast(inputs.real, to=ir.DataType.INT64)
+    last = op.Sub(op.ReduceSum(real, [1], keepdims=1), 1)  # [B, 1], padding stands at the end
+    row = op.Squeeze(_attend(op, inputs, layer, last, 1), [1])  # [B, S]
+    return gather_columns(op, row, inputs.visual_index)
+
+
+def attend_mean(op: Op, inputs: StageInputs, layer: int, weights: ir.Value) -> ir.Value:
+    """Mean over heads, and over the rows where ``weights[B, S]`` float32 is 1, of the attention paid to visual tokens in ``layer``.
+
+    ``weights`` are 0 or 1, and 0 at visual rows. Gives ``[B, Nv]`` float32, zeros where no weight is 1.
+    """
+    rows = other_rows(op, inputs)  # [B, T]
+    weights = gather_columns(op, weights, rows)
+    share = op.Div(weights, op.Max(op.ReduceSum(weights, [1], keepdims=1), 1.0))
+    attention = _attend(op, inputs, layer, rows, count_others(inputs))  # [B, T, S]
+    mean = op.Squeeze(op.MatMul(op.Unsqueeze(share, [1]), attention), [1])  # [B, S]
+    return gather_columns(op, mean, inputs.visual_index)
+
+
+def count_others(inputs: StageInputs) -> int:
+    """T: how many rows are not visual, text and padding together."""
+    return inputs.geometry.sequence - inputs.geometry.visual
+
+
+def other_rows(op: Op, inputs: StageInputs) -> ir.Value:
+    """The rows that are not visual, ascending: [B, T] int64.
+
+    Before visual token i stand ``visual_index[i] - i`` others, so other m comes after all the visual tokens where that is m or less.
+    """
+    others = op.Range(0, count_others(inputs), 1)  # [T]
+    before = op.Sub(inputs.visual_index, op.Range(0, inputs.geometry.visual, 1))  # [B, Nv]
+    passed = op.LessOrEqual(op.Unsqueeze(before, [1]), op.Unsqueeze(others, [1]))  # [B, T, Nv]
+    count = op.ReduceSum(op.Cast(passed, to=FLOAT), [2], keepdims=0)
+    return op.Add(op.Cast(count, to=ir.DataType.INT64), others)
+
+
+def gather_columns(op: Op, values: ir.Value, columns: ir.Value) -> ir.Value:
+    """Columns ``columns[B, n]`` of ``values[B, S]``: [B, n]."""
+    return op.GatherElements(values, columns, axis=1)
+
+
+def mask_softmax(op: Op, logits: ir.Value, allowed: ir.Value) -> ir.Value:
+    """Softmax over the last axis of ``logits`` where ``allowed`` (bool, broadcast), 0 elsewhere; even where nothing is allowed."""
+    return op.Softmax(op.Where(allowed, logits, LOWEST), axis=-1)
+
+
+def _attend(op: Op, inputs: StageInputs, layer: int, rows: ir.Value, count: int) -> ir.Value:
+    """Mean over heads of the attention of rows ``rows[B, n]`` to all rows: [B, n, S] float32; ``count`` is n."""
+    g = inputs.geometry
+    query = gather_visual(op, inputs.taps[Tap("q_rotary", layer)], op.Unsqueeze(rows, [2]))  # [B, n, H, d]
+    query = op.Mul(op.Transpose(query, perm=[0, 2, 1, 3]), g.attention_scale)
+    query = op.Reshape(query, [g.batch, g.kv_heads, g.heads // g.kv_heads * count, g.head_size])  # heads of one kv head side by side
+    key = cast_float(op, op.Transpose(inputs.taps[Tap("k_rotary", layer)], perm=[0, 1, 3, 2]))  # [B, G, d, S]
+    logits = op.Reshape(op.MatMul(query, key), [g.batch, g.heads, count, g.sequence])
+    causal = op.LessOrEqual(op.Range(0, g.sequence, 1), op.Unsqueeze(rows, [2]))  # [B, n, S]
+    visible = op.And(causal, op.Unsqueeze(inputs.real, [1]))
+    return op.ReduceMean(mask_softmax(op, logits, op.Unsqueeze(visible, [1])), [1], keepdims=0)
