@@ -36,10 +36,13 @@ from sievert.bundle.errors import (
 if TYPE_CHECKING:
     from sievert.building import build
     from sievert.checking import check
+    from sievert.comparing import compare_selectors
     from sievert.diagnosing import doctor
+    from sievert.evaluating import evaluate
     from sievert.exporting import export
     from sievert.inspecting import inspect
     from sievert.listing import list_engines, list_families, list_selectors
+    from sievert.plan_file import write_plan
     from sievert.planning import Cut
     from sievert.pruning import prune
     from sievert.running import run
@@ -66,7 +69,9 @@ __all__ = [
     "__version__",
     "build",
     "check",
+    "compare_selectors",
     "doctor",
+    "evaluate",
     "export",
     "inspect",
     "list_engines",
@@ -74,6 +79,7 @@ __all__ = [
     "list_selectors",
     "prune",
     "run",
+    "write_plan",
 ]
 
 # Modules are not named like the functions: importing a module `sievert.export` would put it in the function's place.
@@ -81,7 +87,9 @@ _HOMES = {
     "Cut": "planning",
     "build": "building",
     "check": "checking",
+    "compare_selectors": "comparing",
     "doctor": "diagnosing",
+    "evaluate": "evaluating",
     "export": "exporting",
     "inspect": "inspecting",
     "list_engines": "listing",
@@ -89,6 +97,7 @@ _HOMES = {
     "list_selectors": "listing",
     "prune": "pruning",
     "run": "running",
+    "write_plan": "plan_file",
 }
 
 

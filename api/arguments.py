@@ -48,10 +48,11 @@ DecodeBatch = Annotated[
 # export and prune
 Layers = Annotated[
     list[int] | None,
-    Option("--layer", metavar="L", help="First layer that runs on the kept tokens. Default: depth / 7.", rich_help_panel=_CUT),
+    Option("--layer", metavar="L", help="First layer that runs on the kept tokens. Default: the paper's, scaled.", rich_help_panel=_CUT),
 ]
 Keeps = Annotated[
-    list[str] | None, Option("--keep", metavar="KEEP", help="A share (22%) or a count (64). Default: 22%.", rich_help_panel=_CUT)
+    list[str] | None,
+    Option("--keep", metavar="KEEP", help="A share (22%) or a count (64). Default: 22%, or the paper's schedule.", rich_help_panel=_CUT),
 ]
 Selectors = Annotated[
     list[str] | None, Option("--selector", metavar="NAME", help="What chooses; see `sievert list`. Default: iwp.", rich_help_panel=_CUT)
@@ -60,7 +61,17 @@ SelectorOptions = Annotated[
     list[str] | None, Option("--option", metavar="KEY=VALUE", help="An option of the selector; may be repeated.", rich_help_panel=_CUT)
 ]
 Positions = Annotated[
-    PositionName, Option("--positions", help="Kept tokens keep their positions, or are numbered anew.", rich_help_panel=_CUT)
+    PositionName | None,
+    Option(
+        "--positions",
+        help="Kept tokens keep their positions, or are numbered anew. Default: keep, or as in the schedule.",
+        show_default=False,
+        rich_help_panel=_CUT,
+    ),
+]
+PlanFile = Annotated[
+    str,
+    Option("--plan", metavar="FILE", help="A plan as YAML, in place of the options above.", show_default=False, rich_help_panel=_CUT),
 ]
 VariantName = Annotated[
     str,
@@ -122,9 +133,42 @@ TopP = Annotated[float, Option("--top-p", help="Draw from the likeliest tokens o
 Seed = Annotated[int, Option("--seed", help="The same seed gives the same answer.", rich_help_panel=_CHOICE)]
 KeptFile = Annotated[Path | None, Option("--show-kept", metavar="FILE", help="Draw which patches were kept, as PNG.")]
 
+# eval
+Questions = Annotated[
+    str,
+    Option(
+        "--data",
+        metavar="FILE",
+        help='Lines {"image": "photo.png", "prompt": "what is this?", "answer": "a cat"}; answer: a text, a list of texts, or none.',
+        show_default=False,
+        rich_help_panel=_SAMPLES,
+    ),
+]
+FirstLines = Annotated[int | None, Option("--limit", metavar="N", help="Only the first N lines.", rich_help_panel=_SAMPLES)]
+OtherVariants = Annotated[
+    list[str] | None, Option("--variant", metavar="NAME", help="May be repeated. Default: all. The unpruned one always answers too.")
+]
+SharedLimit = Annotated[
+    int | None, Option("--max-new-tokens", metavar="N", help="Default: what all these variants have room for.", rich_help_panel=_CHOICE)
+]
+AnswersFolder = Annotated[
+    str, Option("--out", metavar="DIR", help="Folder of the answers. Default: BUNDLE-eval, beside the bundle.", show_default=False)
+]
+
+# compare-selectors
+OnePrompt = Annotated[str, Option("--prompt", metavar="TEXT", help="A question.", show_default=False)]
+SomeSelectors = Annotated[
+    str,
+    Option("--selectors", metavar="A,B,C", help="Which ones. Default: all that fit the model.", show_default=False, rich_help_panel=_CUT),
+]
+OneKeep = Annotated[str, Option("--keep", metavar="KEEP", help="22%, 64, or auto: 22%, or the paper's schedule.", rich_help_panel=_CUT)]
+OneLayer = Annotated[str, Option("--layer", metavar="L", help="A layer, or auto: the paper's, scaled.", rich_help_panel=_CUT)]
+PictureFile = Annotated[Path, Option("--out", metavar="FILE", help="The picture to write, as PNG.")]
+
 # inspect
 Verify = Annotated[bool, Option("--verify", help="Hash every file.")]
 Tensors = Annotated[bool, Option("--tensors", help="Name every tensor, and all weights.")]
+PlanOf = Annotated[str, Option("--plan", metavar="VARIANT", help="Print only this variant's plan, as YAML.", show_default=False)]
 
 # all
 Verbose = Annotated[int, Option("--verbose", "-v", count=True, help="Say more; -vv: what the libraries say too.", show_default=False)]

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from sievert import SievertError, cli_ask, cli_look, cli_make
+from sievert import SievertError, cli_ask, cli_compare, cli_look, cli_make
 from sievert import arguments as a
 from sievert.console import Screen, configure_output
 
@@ -106,6 +106,7 @@ app.command(
         "export llava-hf/llava-1.5-7b-hf llava --dtype float16 --layer 4 --keep 22%",
         "export checkpoint my-bundle --keep 22% --engine onnxruntime --engine tensorrt-rtx",
         "export checkpoint my-bundle --layer 4 --keep 50% --layer 8 --keep 22%",
+        "export checkpoint my-bundle --selector pyramiddrop",
         "export checkpoint my-bundle --no-prune",
     )
 )(cli_make.export)
@@ -114,6 +115,7 @@ app.command(
         "prune my-bundle --layer 4 --keep 22% --name iwp-22",
         "prune my-bundle --keep 64 --selector magnitude",
         "prune my-bundle --keep 22% --option strength=4 --name strong",
+        "prune my-bundle --plan plan.yaml",
     )
 )(cli_make.prune)
 app.command(
@@ -134,7 +136,20 @@ app.command(
         'run my-bundle --variant full --image photo.png --prompt "describe it" --temperature 0.7 --seed 1',
     )
 )(cli_ask.run)
-app.command(epilog=examples("inspect my-bundle", "inspect my-bundle --verify"))(cli_look.inspect)
+app.command(
+    "eval",
+    epilog=examples(
+        "eval my-bundle --data questions.jsonl",
+        "eval my-bundle --data questions.jsonl --variant iwp-22 --limit 200 --out results",
+    ),
+)(cli_compare.evaluate)
+app.command(
+    epilog=examples(
+        'compare-selectors my-bundle --image photo.png --prompt "what is this?"',
+        'compare-selectors my-bundle --image photo.png --prompt "what is this?" --selectors iwp,fastv --layer 4 --keep 11% --out two.png',
+    )
+)(cli_compare.compare_selectors)
+app.command(epilog=examples("inspect my-bundle", "inspect my-bundle --verify", "inspect my-bundle --plan iwp-22"))(cli_look.inspect)
 app.command("list", epilog=examples("list"))(cli_look.list_choices)
 app.command(epilog=examples("doctor"))(cli_look.doctor)
 

@@ -37,7 +37,7 @@ def check(
 
     screen = Screen()
     if report is not None:
-        _require_folder(report)
+        require_folder(report)
     with screen.progress() as progress:
         checked = judge(
             bundle,
@@ -59,7 +59,7 @@ def check(
     for line in tables.verdict_lines(checked):
         screen.show(line)
     if report is not None:
-        _write(report, (json.dumps(checked.to_json(), indent=1, ensure_ascii=False) + "\n").encode())
+        write_file(report, (json.dumps(checked.to_json(), indent=1, ensure_ascii=False) + "\n").encode())
         screen.show(f"Every number is in {shlex.quote(str(report))}")
     if code := checked.exit_code(strict=strict):
         raise typer.Exit(code)
@@ -86,7 +86,7 @@ def run(
     if show_kept is not None and show_kept.suffix.lower() != ".png":
         raise InputError(f"--show-kept {show_kept}: give a file name that ends in .png")
     if show_kept is not None:
-        _require_folder(show_kept)
+        require_folder(show_kept)
     screen = Screen()
     speaker = _Speaker(screen, prompt)
     with screen.progress() as progress:
@@ -115,7 +115,7 @@ def run(
 
         drawn = BytesIO()
         draw_answers(found).save(drawn, "PNG")
-        _write(show_kept, drawn.getvalue())
+        write_file(show_kept, drawn.getvalue())
         screen.note(f"[dim]What was kept is drawn in {shlex.quote(str(show_kept))}[/]")
 
 
@@ -162,7 +162,7 @@ def _summary(found: Answers) -> list[str]:
     return lines
 
 
-def _require_folder(path: Path) -> None:
+def require_folder(path: Path) -> None:
     """Refuse a place for a result before the work that makes it."""
     from sievert.bundle.errors import InputError
 
@@ -171,7 +171,8 @@ def _require_folder(path: Path) -> None:
         raise InputError(f"{path} cannot be written ({reason}): give another place")
 
 
-def _write(path: Path, data: bytes) -> None:
+def write_file(path: Path, data: bytes) -> None:
+    """Write a result."""
     from sievert.bundle.errors import InputError
 
     try:

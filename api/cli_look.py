@@ -10,12 +10,18 @@ from sievert import arguments as a
 from sievert.console import Screen
 
 
-def inspect(bundle: a.BundlePath, verify: a.Verify = False, tensors: a.Tensors = False) -> None:
+def inspect(bundle: a.BundlePath, verify: a.Verify = False, tensors: a.Tensors = False, plan: a.PlanOf = "") -> None:
     """Show what is in a bundle: variants, graphs, plans, caches, sizes, engines, lint, history."""
     from sievert.inspecting import inspect as look
     from sievert.tables_inspect import inspection
 
     screen = Screen()
+    if plan:
+        from sievert.bundle.store import Bundle
+        from sievert.plan_file import write_plan
+
+        screen.write(write_plan(Bundle.open(bundle, verify="full" if verify else "size").variant(plan).plan), end="")
+        return
     with screen.progress() as progress:
         found = look(bundle, verify=verify, progress=progress)
     for each in inspection(found, tensors=tensors):

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sievert import arguments as a
 from sievert.console import Screen
+
+if TYPE_CHECKING:
+    from sievert.planning import Cut
 
 
 def export(
@@ -17,7 +21,8 @@ def export(
     keep: a.Keeps = None,
     selector: a.Selectors = None,
     option: a.SelectorOptions = None,
-    positions: a.Positions = a.PositionName.keep,
+    positions: a.Positions = None,
+    plan: a.PlanFile = "",
     name: a.VariantName = "",
     no_prune: a.NoPrune = False,
     max_text: a.MaxText = 128,
@@ -29,16 +34,15 @@ def export(
 ) -> None:
     """Make a bundle from a checkpoint: the graphs, the variant [bold]full[/], a pruned one, and their engines.
 
-    --layer and --keep may be repeated together, for several cuts.
+    --layer and --keep may be repeated together, for several cuts. With neither, a selector cuts where its paper does.
     """
     from sievert import tables
     from sievert.bundle.errors import PlanError
     from sievert.exporting import export as export_bundle
-    from sievert.planning import pair_cuts
 
-    if no_prune and (layer or keep or selector or option or name):
+    if no_prune and (layer or keep or selector or option or plan or name):
         raise PlanError("--no-prune was given together with what to drop: leave out one or the other")
-    cuts = () if no_prune else pair_cuts(layer or [], keep or [], selector or [], option or [])
+    cuts = () if no_prune else _cuts(plan, layer, keep, selector, option, positions)
     screen = Screen()
     with screen.progress() as progress:
         made = export_bundle(
@@ -46,7 +50,8 @@ def export(
             out,
             dtype=dtype.value,
             cuts=cuts,
-            positions=positions.value,
+            positions=positions.value if positions else "auto",
+            plan=plan,
             name=name,
             max_text=max_text,
             max_new_tokens=max_new_tokens,
@@ -68,7 +73,8 @@ def prune(
     keep: a.Keeps = None,
     selector: a.Selectors = None,
     option: a.SelectorOptions = None,
-    positions: a.Positions = a.PositionName.keep,
+    positions: a.Positions = None,
+    plan: a.PlanFile = "",
     name: a.VariantName = "",
     max_text: a.MaxTextAsFull = None,
     max_new_tokens: a.MaxNewTokensAsFull = None,
@@ -78,19 +84,19 @@ def prune(
 ) -> None:
     """Add a variant to a bundle that drops visual tokens before a decoder layer.
 
-    --layer and --keep may be repeated together, for several cuts.
+    --layer and --keep may be repeated together, for several cuts. With neither, a selector cuts where its paper does.
     """
     from sievert import tables
-    from sievert.planning import pair_cuts
     from sievert.pruning import prune as add_variant
 
-    cuts = pair_cuts(layer or [], keep or [], selector or [], option or [])
+    cuts = _cuts(plan, layer, keep, selector, option, positions)
     screen = Screen()
     with screen.progress() as progress:
         made = add_variant(
             bundle,
             cuts=cuts,
-            positions=positions.value,
+            positions=positions.value if positions else "auto",
+            plan=plan,
             name=name,
             max_text="auto" if max_text is None else max_text,
             max_new_tokens="auto" if max_new_tokens is None else max_new_tokens,
@@ -122,6 +128,23 @@ def build(
     screen.show(tables.built_table(built))
     screen.show("Built is not run: what an engine says is judged by a check.")
     screen.next(f"check {_shown(bundle)}", f"inspect {_shown(bundle)}")
+
+
+def _cuts(
+    plan: str,
+    layers: list[int] | None,
+    keeps: list[str] | None,
+    selectors: list[str] | None,
+    options: list[str] | None,
+    positions: a.PositionName | None,
+) -> tuple[Cut, ...]:
+    """The cuts of the options; with a plan there may be none of these."""
+    from sievert.bundle.errors import PlanError
+    from sievert.planning import pair_cuts
+
+    if plan and (layers or keeps or selectors or options or positions):
+        raise PlanError("--plan was given together with --layer, --keep, --selector, --option or --positions: leave out one or the other")
+    return pair_cuts(layers or [], keeps or [], selectors or [], options or [])
 
 
 def _shown(path: str | Path) -> str:

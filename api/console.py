@@ -9,11 +9,13 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console, RenderableType
 from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 from rich.status import Status
 
 from sievert.progress import Progress
@@ -68,6 +70,41 @@ class Screen:
             reporter.end(well=False)
             raise
         reporter.end(well=True)
+
+    @contextmanager
+    def counter(self, what: str) -> Iterator[Callable[[int, int], None]]:
+        """Shows how many of how many there are; nothing until the first count."""
+        counter = _Counter(self._err, what)
+        try:
+            yield counter.count
+        finally:
+            counter.end()
+
+
+class _Counter:
+    """A bar on a terminal; without one, a line for each tenth."""
+
+    def __init__(self, console: Console, what: str) -> None:
+        self._console, self._what = console, what
+        self._bar: Bar | None = None
+        self._task = TaskID(0)
+        self._tenths = 0
+
+    def count(self, done: int, total: int) -> None:
+        if self._console.is_terminal:
+            if self._bar is None:
+                columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+                self._bar = Bar(*columns, console=self._console)
+                self._task = self._bar.add_task(self._what, total=total)
+                self._bar.start()
+            self._bar.update(self._task, completed=done)
+        elif (tenths := 10 * done // max(1, total)) > self._tenths:
+            self._tenths = tenths
+            self._console.print(f"  {self._what}: {done} of {total}", soft_wrap=True, highlight=False)
+
+    def end(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
 
 
 class _Reporter:

@@ -65,7 +65,7 @@ def doctor() -> Diagnosis:
         system=f"{platform.system()} {platform.machine()}",
         python=platform.python_version(),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-        memory_gib=_memory_gib(),
+        memory_gib=find_memory_gib(),
         gpu="" if gpu is None else f"{gpu.name}, compute capability {gpu.capability}, {gpu.memory_mib} MiB",
         packages={name: version for name in _PACKAGES if (version := _version(name))},
         engines=inspect_engines(),
@@ -97,7 +97,8 @@ def _version(package: str) -> str:
         return ""
 
 
-def _memory_gib() -> float:
+def find_memory_gib() -> float:
+    """The machine's memory, 0 where that cannot be told."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     except (ValueError, OSError, AttributeError):  # not on every system

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 if TYPE_CHECKING:
+    from sievert.comparing import Comparison
     from sievert.running import Answers
 
 _SIDE = 448  # pixels of a panel; small images are enlarged to about this
@@ -120,3 +122,42 @@ def draw_answers(found: Answers) -> Image.Image:
         for answer in found.answers
     ]
     return draw_kept(found.picture, found.grid, rows)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One panel of a comparison: what it shows, what was answered, and the patches left (None: all of them)."""
+
+    title: str
+    answer: str
+    kept: frozenset[int] | None
+
+
+def draw_tiles(picture: Image.Image, grid: tuple[int, int], question: str, tiles: Sequence[Tile]) -> Image.Image:
+    """The question, and under it a grid of panels that is about as wide as it is high."""
+    big = _enlarge(picture)
+    width, height = big.size
+    columns = min(len(tiles), max(2, math.ceil(math.sqrt(len(tiles)))))
+    rows = math.ceil(len(tiles) / columns)
+    line, tile_height = _TEXT + 8, 2 * (_TEXT + 8) + height + _MARGIN
+    canvas = Image.new("RGB", (columns * (width + _MARGIN) + _MARGIN, rows * tile_height + line + 2 * _MARGIN), _PAPER)
+    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=_TEXT)
+    pen.text((_MARGIN, _MARGIN), _shorten(question, canvas.width - 2 * _MARGIN, font), fill=_INK, font=font)
+    for number, tile in enumerate(tiles):
+        left = _MARGIN + number % columns * (width + _MARGIN)
+        top = 2 * _MARGIN + line + number // columns * tile_height
+        pen.text((left, top), _shorten(tile.title, width, font), fill=_QUIET, font=font)
+        pen.text((left, top + line), _shorten(tile.answer, width, font), fill=_LINE, font=font)
+        canvas.paste(big if tile.kept is None else _dim(big, grid, tile.kept), (left, top + 2 * line))
+    return canvas
+
+
+def draw_comparison(found: Comparison) -> Image.Image:
+    """The unpruned answer and every selector of a :func:`sievert.compare_selectors`, one panel each."""
+    tiles = [Tile(f"unpruned: all {found.visual_tokens}", found.answer, None)]
+    for each in found.compared:
+        stages = each.plan.stages
+        layers = ", ".join(str(stage.layer) for stage in stages)
+        title = f"{each.selector}: {stages[-1].keep} of {found.visual_tokens}, layer{'s' if len(stages) > 1 else ''} {layers}"
+        tiles.append(Tile(title, each.answer, frozenset(each.kept)))
+    return draw_tiles(found.picture, found.grid, found.prompt, tiles)

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 from sievert.building import Built, build_variant, require_builders
 from sievert.bundle.create import check_place
 from sievert.bundle.errors import SievertError
-from sievert.bundle.plan import Plan, PositionPolicy
+from sievert.bundle.plan import Plan
 from sievert.bundle.specs import Geometry
-from sievert.planning import FULL, Cut, describe_profile, make_plan, make_profile, name_variant
+from sievert.plan_file import choose_cuts
+from sievert.planning import FULL, Cut, Positions, describe_profile, make_plan, make_profile, name_variant
 from sievert.progress import Progress, Size, silent
 from sievert.pruning import Made, add, check_name
 
@@ -37,7 +38,8 @@ def export(
     *,
     dtype: DType = "float32",
     cuts: Sequence[Cut] = (Cut(),),
-    positions: PositionPolicy = "keep",
+    positions: Positions = "auto",
+    plan: str | Path | Plan = "",
     name: str = "",
     max_text: int = 128,
     max_new_tokens: int = 128,
@@ -49,7 +51,8 @@ def export(
 ) -> ExportResult:
     """Export ``model`` (a folder or a hub id) to a new bundle at ``out``: by default ``NAME-bundle`` in the current folder.
 
-    The variant ``full`` is always made; ``cuts`` make a pruned one beside it, none at all if empty. Then the engines are built.
+    The variant ``full`` is always made; ``cuts``, or in their place a ``plan`` or the YAML file of one, make a pruned one beside it, none
+    at all if empty. Then the engines are built.
     What was asked for is checked against the model's configuration before its weights are read. ``force`` replaces a bundle.
 
     Raises:
@@ -62,6 +65,7 @@ def export(
     from sievert.exporter.export import export_model
     from sievert.exporter.write import write_bundle
 
+    cuts, positions = choose_cuts(cuts, positions, plan)
     target = Path(out) if str(out) else default_place(model)
     require_builders(engines)
     check_place(target.expanduser().resolve(), force=force)
@@ -122,7 +126,7 @@ def _growing(folder: Path, what: str, progress: Progress) -> Iterator[None]:
         watcher.join()
 
 
-def name_plans(geometry: Geometry, cuts: Sequence[Cut], *, positions: PositionPolicy, name: str) -> dict[str, Plan]:
+def name_plans(geometry: Geometry, cuts: Sequence[Cut], *, positions: Positions, name: str) -> dict[str, Plan]:
     """The plans of an export's variants by name, ``full`` first.
 
     Raises:

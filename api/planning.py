@@ -2,34 +2,46 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
 
 from sievert.bundle.errors import PlanError
-from sievert.bundle.plan import Option, Plan, PositionPolicy, Stage, default_layer, resolve_keep
+from sievert.bundle.plan import Option, Plan, PositionPolicy, Stage, resolve_keep
 from sievert.bundle.profile import Profile
 from sievert.bundle.specs import Geometry
 from sievert.progress import Size
+
+if TYPE_CHECKING:
+    from sievert.graph_passes.selectors.schedule import Schedule
 
 DEFAULT_KEEP = "22%"
 DEFAULT_SELECTOR = "iwp"
 FULL = "full"
 """The unpruned variant that every bundle has."""
+LONGEST_NAME = 64
+
+Positions = PositionPolicy | Literal["auto"]
+"""What happens to positions after a cut; ``auto`` is what the selector's paper does where its own layers are taken, else ``keep``."""
 
 
 @dataclass(frozen=True)
 class Cut:
-    """One cut as a user asks for it.
+    """One cut as a user asks for it, or a selector's whole schedule.
 
-    ``keep`` is a share (``22%``) or a count (``64``); ``layer`` is the first to run on the kept tokens, ``auto`` a seventh of the
-    depth. ``options`` are the selector's; a text is read as the type of the option's default.
+    ``keep`` is a share (``22%``) or a count (``64``); ``layer`` is the first to run on the kept tokens. What is ``auto`` comes from the
+    selector's paper, scaled to the model's depth: the layer, with 22 % kept where the paper leaves that to the user. A selector whose paper
+    cuts several times takes either both, for one cut, or neither, for all of its own cuts. ``options`` are the selector's; a text is read
+    as the type of the option's default. ``source`` says in errors where the cut was written.
     """
 
-    keep: str = DEFAULT_KEEP
+    keep: str = "auto"
     layer: Size = "auto"
     selector: str = DEFAULT_SELECTOR
     options: Mapping[str, Option] = field(default_factory=dict)
+    source: str = field(default="", compare=False)
 
 
 def pair_cuts(layers: Sequence[int], keeps: Sequence[str], selectors: Sequence[str], options: Sequence[str]) -> tuple[Cut, ...]:
@@ -47,7 +59,7 @@ def pair_cuts(layers: Sequence[int], keeps: Sequence[str], selectors: Sequence[s
     values = parse_options(options)
     return tuple(
         Cut(
-            keep=keeps[place] if keeps else DEFAULT_KEEP,
+            keep=keeps[place] if keeps else "auto",
             layer=layers[place] if layers else "auto",
             selector=(selectors[place] if len(selectors) == count else selectors[0]) if selectors else DEFAULT_SELECTOR,
             options=values,
@@ -73,27 +85,73 @@ def parse_options(pairs: Sequence[str]) -> dict[str, Option]:
     return values
 
 
-def make_plan(geometry: Geometry, cuts: Sequence[Cut], *, positions: PositionPolicy = "keep") -> Plan:
+def make_plan(geometry: Geometry, cuts: Sequence[Cut], *, positions: Positions = "auto") -> Plan:
     """The plan for a model, checked against it. No cuts give the unpruned plan.
 
     Raises:
         PlanError: a selector, option, layer or keep the model cannot take; the message says what it could.
     """
-    if len(cuts) > 1 and any(cut.layer == "auto" for cut in cuts):
-        raise PlanError(f"{len(cuts)} cuts need a layer each: choose from 0..{geometry.depth - 1}")
-    stages = [
-        Stage(
-            selector=cut.selector,
-            layer=default_layer(geometry.depth) if cut.layer == "auto" else cut.layer,
-            keep=resolve_keep(cut.keep, geometry.visual_tokens),
-            requested=cut.keep.strip(),
-            options=_read_options(cut),
+    from sievert.graph_passes.selectors import registry
+
+    stages: list[Stage] = []
+    policies: set[PositionPolicy] = set()
+    for cut in cuts:
+        try:
+            options = _read_options(cut)
+            selector, schedule = registry.make(cut.selector, options), registry.SELECTORS[cut.selector].schedule
+            for layer, requested in _place(cut, schedule, geometry):
+                keep = selector.resolve_keep(requested, geometry)
+                stages.append(Stage(selector=cut.selector, layer=layer, keep=keep, requested=requested, options=options))
+                Plan(stages=tuple(stages)).check(geometry)
+                selector.check(stages[-1], geometry)
+        except PlanError as error:
+            if not cut.source:
+                raise
+            raise PlanError(f"{cut.source}: {error}") from error
+        if cut.layer == "auto":
+            policies.add(schedule.positions)
+    if positions == "auto" and len(policies) > 1:
+        raise PlanError("the selectors' papers treat positions differently after a cut: choose positions keep or compact")
+    return Plan(stages=tuple(stages), positions=positions if positions != "auto" else (policies or {"keep"}).pop())
+
+
+def _place(cut: Cut, schedule: Schedule, geometry: Geometry) -> list[tuple[int, str]]:
+    """Layer and keep of every cut that is meant."""
+    from sievert.graph_passes.selectors.schedule import scale_layers
+
+    if cut.layer != "auto" and (cut.keep != "auto" or not schedule.shares):
+        return [(cut.layer, DEFAULT_KEEP if cut.keep == "auto" else cut.keep.strip())]
+    if not schedule.shares:
+        # One or two layers are too few to scale to, but a cut before the last one can be made.
+        few = geometry.depth < 3 and schedule.layers != (0,)
+        layer = geometry.depth - 1 if few else scale_layers(schedule.layers, schedule.depth, geometry.depth)[0]
+        return [(layer, DEFAULT_KEEP if cut.keep == "auto" else cut.keep.strip())]
+    if cut.layer != "auto" or cut.keep != "auto":
+        given = "keep" if cut.layer == "auto" else "layer"
+        raise PlanError(
+            f"{cut.selector} got a {given} alone, but its paper cuts {len(schedule.layers)} times (before "
+            f"layers {_join(schedule.layers)} of {schedule.depth}, keeping {_join(_percent(share, 4) for share in schedule.shares)}): give "
+            "neither --layer nor --keep for these cuts scaled to your model, or both for one cut by its score"
         )
-        for cut in cuts
-    ]
-    plan = Plan(stages=tuple(stages), positions=positions)
-    plan.check(geometry)
-    return plan
+    layers = scale_layers(schedule.layers, schedule.depth, geometry.depth)
+    return [(layer, _write_share(share, geometry.visual_tokens)) for layer, share in zip(layers, schedule.shares, strict=True)]
+
+
+def _write_share(share: float, visual_tokens: int) -> str:
+    """The shortest percentage that keeps ``floor(share * Nv + 0.5)`` tokens: ``52.08%`` for 300 of 576."""
+    exact = max(1, math.floor(share * visual_tokens + 0.5))
+    for digits in range(4, 17):
+        if resolve_keep(text := _percent(share, digits), visual_tokens) == exact:
+            return text
+    return str(exact)
+
+
+def _percent(share: float, digits: int) -> str:
+    return f"{share * 100:.{digits}g}%"
+
+
+def _join(parts: Iterable[object]) -> str:
+    return ", ".join(str(part) for part in parts)
 
 
 def make_profile(
@@ -116,7 +174,10 @@ def make_profile(
 
 
 def name_variant(plan: Plan) -> str:
-    """A name that says what was asked for: ``iwp-22`` for 22 %, ``iwp-k64`` for 64 tokens, ``iwp-50-22`` for two cuts."""
+    """A name that says what was asked for: ``iwp-22`` for 22 %, ``iwp-k64`` for 64 tokens, ``iwp-50-22`` for two cuts.
+
+    Where that is too long for a name it says how many cuts there are.
+    """
     parts: list[str] = []
     selector = ""
     for stage in plan.stages:
@@ -127,7 +188,8 @@ def name_variant(plan: Plan) -> str:
         parts.append(stage.requested[:-1].replace(".", "_") if share else f"k{stage.keep}")
     if plan.positions != "keep":
         parts.append(plan.positions)
-    return re.sub(r"[^A-Za-z0-9_-]", "_", "-".join(parts)) or FULL
+    name = re.sub(r"[^A-Za-z0-9_-]", "_", "-".join(parts)) or FULL
+    return name if len(name) <= LONGEST_NAME else f"{plan.stages[0].selector}-{len(plan.stages)}-cuts"
 
 
 def describe_plan(plan: Plan) -> str:

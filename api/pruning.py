@@ -9,10 +9,11 @@ from pathlib import Path
 from sievert.bundle.errors import VariantError
 from sievert.bundle.manifest import Variant
 from sievert.bundle.names import check_variant_name
-from sievert.bundle.plan import Plan, PositionPolicy
+from sievert.bundle.plan import Plan
 from sievert.bundle.profile import Profile
 from sievert.bundle.store import Bundle
-from sievert.planning import FULL, Cut, describe_plan, describe_profile, make_plan, make_profile, name_variant
+from sievert.plan_file import choose_cuts
+from sievert.planning import FULL, Cut, Positions, describe_plan, describe_profile, make_plan, make_profile, name_variant
 from sievert.progress import Progress, Size, silent
 
 
@@ -30,7 +31,8 @@ def prune(
     bundle: str | Path,
     *,
     cuts: Sequence[Cut] = (Cut(),),
-    positions: PositionPolicy = "keep",
+    positions: Positions = "auto",
+    plan: str | Path | Plan = "",
     name: str = "",
     max_text: Size = "auto",
     max_new_tokens: Size = "auto",
@@ -39,7 +41,7 @@ def prune(
     force: bool = False,
     progress: Progress = silent,
 ) -> Made:
-    """Add a variant that drops visual tokens; no ``cuts`` make an unpruned one.
+    """Add a variant that drops visual tokens; no ``cuts`` make an unpruned one. ``plan``, or the YAML file of one, takes their place.
 
     Sizes that are ``auto`` are those of the variant ``full``. An empty ``name`` is made from the plan, for example ``iwp-22``.
 
@@ -48,10 +50,11 @@ def prune(
         VariantError: the name is taken (``force`` replaces the variant), or cannot name one.
         BundleError: the bundle is not what its manifest says, or cannot be written. Nothing was changed.
     """
+    cuts, positions = choose_cuts(cuts, positions, plan)
     progress("checking the bundle")
     opened = Bundle.open(bundle, verify="full")
     geometry = opened.manifest.geometry
-    plan = make_plan(geometry, cuts, positions=positions)
+    checked = make_plan(geometry, cuts, positions=positions)
     full = opened.manifest.variants.get(FULL)
     defaults = full.profile if full is not None else make_profile(geometry)
     given_batch = defaults.batch if batch == "auto" else batch
@@ -62,12 +65,12 @@ def prune(
         max_text=defaults.max_text if max_text == "auto" else max_text,
         max_new_tokens=defaults.max_new_tokens if max_new_tokens == "auto" else max_new_tokens,
     )
-    chosen = name or name_variant(plan)
-    check_name(chosen, plan)
+    chosen = name or name_variant(checked)
+    check_name(chosen, checked)
     opened.require_new_variant(chosen, force=force)
     if full is None and chosen != FULL:  # an export was interrupted before it came to that
         add(opened, plan=Plan(), profile=profile, name=FULL, force=False, progress=progress)
-    return add(opened, plan=plan, profile=profile, name=chosen, force=force, progress=progress)
+    return add(opened, plan=checked, profile=profile, name=chosen, force=force, progress=progress)
 
 
 def check_name(name: str, plan: Plan) -> None:

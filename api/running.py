@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sievert.bundle.errors import InputError, VariantError
+from sievert.bundle.errors import InputError, ProfileError, VariantError
 from sievert.bundle.plan import Plan
 from sievert.bundle.store import Bundle
 from sievert.drawing import from_pixels
@@ -95,7 +95,7 @@ def run(
     ]
     limit = profile.max_new_tokens if max_new_tokens == "auto" else max_new_tokens
     progress("loading the engine")
-    with _Watched(opened, name, engine) as pipeline:
+    with Watched(opened, name, engine) as pipeline:
         progress("looking at the image")
         start = time.perf_counter()
         features = pipeline.encode(batches[0].pixel_values)
@@ -103,14 +103,14 @@ def run(
         progress("")
         answers: list[Answer] = []
         for batch in batches:
-            answers += _answer(pipeline, prompter, batch, features, prompts, len(answers), limit, sampling, on_text)
+            answers += answer_batch(pipeline, prompter, batch, features, prompts, len(answers), limit, sampling, on_text)
     return Answers(
         variant=name,
         engine=engine,
         plan=opened.variant(name).plan,
         visual_tokens=profile.visual_tokens,
         grid=opened.manifest.geometry.grid,
-        picture=_picture(opened.path, batches[0].pixel_values[0]),
+        picture=show_pixels(opened.path, batches[0].pixel_values[0]),
         vision_seconds=looked,
         answers=tuple(answers),
     )
@@ -131,18 +131,35 @@ def choose_variant(bundle: Bundle) -> str:
     return chosen
 
 
-class _Watched(Pipeline):
+def choose_limit(bundle: Bundle, variants: Sequence[str], asked: Size) -> int:
+    """How many tokens all of ``variants`` may write: ``asked``, or what they all have room for.
+
+    Raises:
+        ProfileError: one of them has less room.
+    """
+    room = {name: bundle.variant(name).profile.max_new_tokens for name in variants}
+    name = min(room, key=lambda each: room[each])
+    if asked != "auto" and not 1 <= asked <= room[name]:
+        raise ProfileError(
+            f"max_new_tokens={asked}, but the caches of {name!r} hold 1..{room[name]}: ask for fewer, leave that variant out, or make one "
+            "with a larger --max-new-tokens"
+        )
+    return room[name] if asked == "auto" else asked
+
+
+class Watched(Pipeline):
     """A pipeline that remembers what its last prefill kept."""
 
     last: PrefillResult | None = None
 
     def prefill(self, batch: PromptBatch, features: Features) -> PrefillResult:
+        """As :class:`Pipeline` does."""
         self.last = super().prefill(batch, features)
         return self.last
 
 
-def _answer(
-    pipeline: _Watched,
+def answer_batch(
+    pipeline: Watched,
     prompter: Prompter,
     batch: PromptBatch,
     features: Features,
@@ -183,7 +200,8 @@ def _answer(
     ]
 
 
-def _picture(folder: Path, pixels: Array) -> Image.Image:
+def show_pixels(folder: Path, pixels: Array) -> Image.Image:
+    """The picture that the vision encoder sees as ``pixels[C, H, W]``."""
     images = load_processor(folder).image_processor
     channels = len(pixels)
     normalised = bool(getattr(images, "do_normalize", True))

@@ -142,12 +142,20 @@ def family_table(families: Sequence[Family]) -> Table:
 
 
 def selector_table(selectors: Sequence[SelectorInfo]) -> Table:
-    """Selectors with their options."""
-    table = make_table("Selectors", "selector", "what it keeps", "options and defaults", "paper")
+    """Selectors with their options, and where their papers cut in a decoder of 32 layers."""
+    table = make_table("Selectors", "selector", "what it keeps", "cuts (of 32 layers)", "options and defaults", "paper")
     for each in selectors:
         options = " ".join(f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in each.options.items())
-        table.add_row(each.name, each.summary, options, each.paper)
+        table.add_row(each.name, each.summary, describe_schedule(each), options, each.paper)
     return table
+
+
+def describe_schedule(selector: SelectorInfo) -> str:
+    """Where a selector cuts by default, and what it leaves there."""
+    layers = ", ".join(map(str, selector.layers))
+    shares = ", ".join(f"{share * 100:.4g}%" for share in selector.shares)
+    positions = f", positions {selector.positions}" if selector.positions != "keep" else ""
+    return f"before {layers}" + (f": {shares}" if shares else ": your --keep") + positions
 
 
 def engine_table(engines: Sequence[EngineInfo]) -> Table:

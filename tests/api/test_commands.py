@@ -19,7 +19,7 @@ from sievert.parity.verdict import Verdict
 from tests.api.conftest import Outcome, sievert
 from tests.tiny_llava import make_tiny_llava
 
-COMMANDS = ("export", "prune", "build", "check", "run", "inspect", "list", "doctor")
+COMMANDS = ("export", "prune", "build", "check", "run", "eval", "compare-selectors", "inspect", "list", "doctor")
 ASK = "which digit is red ?"
 
 
@@ -190,6 +190,14 @@ def test_list_and_doctor_show_the_choices_and_the_machine():
     assert listed.code == 0, listed.all
     for name in ("llava", "qwen3", "iwp", "strength=5.0", "uniform", "onnxruntime", "tensorrt-rtx", "builds here", "runs here"):
         assert name in listed.out
+    for name, cuts in (
+        ("iwp", "before 5: your --keep"),
+        ("pyramiddrop", "before 8, 16, 24: 50%, 25%, 12.5%,"),
+        ("sparsevlm", "before 2, 6, 15: 52.08%, 34.72%, 19.1%"),
+        ("divprune", "arXiv:"),
+    ):
+        (line,) = [line for line in listed.out.splitlines() if line.split()[:1] == [name]]
+        assert cuts in line
     doctored = sievert("doctor")
     assert doctored.code == 0, doctored.all
     for part in ("Machine", "Engines", "Dtypes", "onnxruntime", "tensorrt"):
@@ -213,7 +221,8 @@ def test_version_and_bare_command():
 def test_the_functions_stay_functions_when_their_modules_are_imported():
     for name in package.__all__:
         assert getattr(package, name) is not None
-    for name in ("export", "prune", "build", "check", "run", "inspect", "doctor", "list_engines", "list_families", "list_selectors"):
+    functions = set(package.__all__) - {"Cut", "__version__"}
+    for name in {name for name in functions if not name.endswith("Error")}:
         assert callable(getattr(package, name))
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = package.nonsense

@@ -1,0 +1,1 @@
+../../api/comparing.py

@@ -1,0 +1,1 @@
+../../api/eval_score.py
