@@ -1,40 +1,46 @@
 """What pruning costs the shipped model, through the ONNX Runtime engines: `python benchmarks/accuracy.py`.
 
-Every variant answers the same held-out questions (greedy, to the stop token). Two tables: selectors over tokens kept at one layer, and
-selectors over layers at fixed keeps. Intervals are paired: each variant against the unpruned model on the same questions. Answers
-are kept beside the bundle, so an interrupted run goes on where it was.
+Every variant answers the same held-out questions (greedy, to the stop token). First each selector's options are tuned on questions
+about training digits, at most four settings each; then four tables: selectors over tokens kept at one layer, with prefill FLOPs and time;
+selectors over layers at fixed shares; and selectors over layers at equal prefill FLOPs. Intervals are paired: each variant against the
+unpruned model on the same questions. Answers are kept in `--work`, so an interrupted run goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
+import json
 import sys
 import tempfile
+import time
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
+import onnx_ir as ir
 from numpy.typing import NDArray
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.stamp import ROOT, describe_machine, hash_code
+from benchmarks.accuracy_arms import METHODS, Arm, Budget, Options, keep_arms, layer_arms, tuning_arms
+from benchmarks.accuracy_tables import Row, Tables, write_tables
+from benchmarks.stamp import ROOT
 from examples.digits_lvlm.data import Item, Split, held_out
 from examples.digits_lvlm.questions import ASKED as KINDS
-from sievert.bundle.plan import Option, Plan, Stage, resolve_keep
 from sievert.bundle.profile import Profile
 from sievert.bundle.store import Bundle
+from sievert.engines.run.dtypes import Array
 from sievert.engines.run.generate import generate
-from sievert.engines.run.pipeline import Pipeline
-from sievert.engines.run.prompt import Prompter
+from sievert.engines.run.pipeline import Features, Pipeline, PrefillResult
+from sievert.engines.run.prompt import PromptBatch, Prompter
 from sievert.exporter.export import export_model
 from sievert.exporter.write import write_bundle
+from sievert.graph_passes.flops import count_flops
 from sievert.graph_passes.prune import add_variant
 
 CHECKPOINT: Final = ROOT / "examples" / "digits_lvlm" / "checkpoint"
@@ -46,67 +52,105 @@ MEASURED: Final = (
     "examples/digits_lvlm/data.py",
     "examples/digits_lvlm/questions.py",
     "benchmarks/accuracy.py",
+    "benchmarks/accuracy_arms.py",
+    "benchmarks/accuracy_tables.py",
 )
-KEEPS: Final = ("35.3%", "22.2%", "11.1%", "5%", "2.5%")
-METHODS: Final[dict[str, tuple[str, dict[str, Option]]]] = {
-    "IWP, one maximum": ("iwp", {"head_norm": "global"}),
-    "IWP, softmax per head": ("iwp", {"head_norm": "softmax"}),
-    "magnitude only": ("magnitude", {}),
-    "random": ("random", {}),
-    "uniform stride": ("uniform", {}),
-}
-LAYER_METHODS: Final = ("IWP, one maximum", "IWP, softmax per head", "magnitude only", "random")
-LAYER_KEEPS: Final = ("11.1%", "2.5%")
 BATCH: Final = 16
 MAX_TEXT: Final = 40
 MAX_NEW: Final = 4
+TIMED_ROUNDS: Final = 15
+
+
+class Recording(Pipeline):
+    """A pipeline that remembers the logits of its last prefill: the distribution of the first answer token."""
+
+    logits: Array
+
+    def prefill(self, batch: PromptBatch, features: Features) -> PrefillResult:
+        """As the pipeline does."""
+        result = super().prefill(batch, features)
+        self.logits = result.logits
+        return result
 
 
 @dataclass(frozen=True)
-class Arm:
-    """One variant under test; the unpruned model has no method."""
+class Answers:
+    """One arm's answers to all questions: right, the same as the unpruned model's, and KL(unpruned || arm) of the first token, nats."""
 
-    name: str
-    method: str
-    keep: str
-    layer: int
-
-    def plan(self, visual_tokens: int) -> Plan:
-        """Its pruning plan."""
-        if not self.method:
-            return Plan()
-        selector, options = METHODS[self.method]
-        stage = Stage(
-            selector=selector, layer=self.layer, keep=resolve_keep(self.keep, visual_tokens), requested=self.keep, options=options
-        )
-        return Plan(stages=(stage,))
+    right: NDArray[np.float64]
+    same: NDArray[np.float64]
+    divergence: NDArray[np.float64]
 
 
-def list_arms(depth: int) -> tuple[list[Arm], list[Arm]]:
-    """The arms of the two tables; the unpruned model leads the first."""
-    layer = max(1, round(4 / 28 * depth))
-    by_keep = [Arm("full", "", "100%", 0)]
-    by_keep += [Arm(f"k{i}-{j}", method, keep, layer) for i, method in enumerate(METHODS) for j, keep in enumerate(KEEPS)]
-    by_layer = [
-        Arm(f"l{at}-{i}-{j}", method, keep, at)
-        for at in range(depth)
-        for i, method in enumerate(LAYER_METHODS)
-        for j, keep in enumerate(LAYER_KEEPS)
-    ]
-    return by_keep, by_layer
-
-
-def prepare(folder: Path, arms: Sequence[Arm], checkpoint: Path) -> Bundle:
-    """The checkpoint as a bundle with one variant per arm."""
+def prepare(folder: Path, checkpoint: Path) -> tuple[Bundle, Profile]:
+    """The checkpoint as a bundle, made once."""
     if not folder.exists():
         write_bundle(export_model(checkpoint), folder)
     bundle = Bundle.open(folder)
     visual = bundle.manifest.geometry.visual_tokens
-    profile = Profile(batch=BATCH, decode_batch=BATCH, visual_tokens=visual, max_text=MAX_TEXT, max_new_tokens=MAX_NEW)
+    return bundle, Profile(batch=BATCH, decode_batch=BATCH, visual_tokens=visual, max_text=MAX_TEXT, max_new_tokens=MAX_NEW)
+
+
+def add_arms(bundle: Bundle, arms: Sequence[Arm], profile: Profile) -> None:
+    """A variant per arm; one of the same name and another plan is made anew."""
     for arm in arms:
-        if arm.name not in bundle.manifest.variants:
-            add_variant(bundle, name=arm.name, plan=arm.plan(visual), profile=profile, command=f"accuracy {arm.name}")
-    return bundle
+        made = bundle.manifest.variants.get(arm.name)
+        if made is None or made.plan != arm.plan:
+            add_variant(bundle, name=arm.name, plan=arm.plan, profile=profile, force=made is not None, command=f"accuracy {arm.name}")
+
+
+def answer(bundle: Bundle, arms: Sequence[Arm], questions: int, folder: Path, label: str, split: Split) -> dict[str, Answers]:
+    """All questions to all arms in one pass; the first arm is the unpruned model.
+
+    Prompts and vision features are computed once a batch and shared by the arms whose vision encoder gives no scores.
+    """
+    saved = folder / f"answers-{label}-{split}-{questions}.npz"
+    plans = json.dumps({arm.name: arm.plan.model_dump(mode="json") for arm in arms}, sort_keys=True)
+    taken: dict[str, list[list[float]]] = {arm.name: [] for arm in arms}  # per question: right, same, divergence
+    if saved.exists():
+        with np.load(saved) as file:
+            if str(file["plans"]) == plans:
+                taken = {name: file[name].tolist() for name in taken}
+    done = len(taken[arms[0].name])
+    pipelines = {arm.name: Recording(bundle, arm.name) for arm in arms} if done < questions else {}
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns) as progress:
+        bar = progress.add_task(f"{label}: {len(arms)} variants", total=questions, completed=done)
+        prompter = Prompter(bundle.path, bundle.manifest.geometry, bundle.variant(arms[0].name).profile)
+        for number, items in enumerate(_chunks(islice(held_out(questions, split=split), done, None))):
+            for name, rows in _answer_batch(pipelines, prompter, items).items():
+                taken[name] += rows
+            progress.advance(bar, len(items))
+            if number % 20 == 19:
+                _save(saved, plans, taken)
+    _save(saved, plans, taken)
+    return {name: Answers(*np.asarray(rows, np.float64).T) for name, rows in taken.items()}
+
+
+def _answer_batch(pipelines: Mapping[str, Recording], prompter: Prompter, items: Sequence[Item]) -> dict[str, list[list[float]]]:
+    batch = prompter.prepare([item.image for item in items], [item.question for item in items])
+    shared: Features | None = None
+    reference: tuple[list[str], Array] | None = None
+    rows: dict[str, list[list[float]]] = {}
+    for name, pipeline in pipelines.items():
+        plain = "visual_scores" not in {spec.name for spec in pipeline.variant.graphs["vision_encoder"].outputs}
+        features = shared if plain and shared is not None else pipeline.encode(batch.pixel_values)
+        shared = features if plain else shared
+        said = [one.text.strip() for one in generate(pipeline, prompter.tokenizer, batch, max_new_tokens=MAX_NEW, features=features)]
+        logs = _log_softmax(pipeline.logits[: len(items)])
+        reference = reference or (said, logs)
+        divergence = (np.exp(reference[1]) * (reference[1] - logs)).sum(axis=1)
+        rows[name] = [
+            [text == item.answer, text == first, float(kl)]
+            for text, item, first, kl in zip(said, items, reference[0], divergence, strict=True)
+        ]
+    return rows
+
+
+def _log_softmax(logits: Array) -> NDArray[np.float64]:
+    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    logs: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return logs
 
 
 def _chunks(items: Iterator[Item]) -> Iterator[list[Item]]:
@@ -114,184 +158,128 @@ def _chunks(items: Iterator[Item]) -> Iterator[list[Item]]:
         yield chunk
 
 
-def answer(bundle: Bundle, arms: Sequence[Arm], questions: int, folder: Path, label: str, split: Split) -> dict[str, NDArray[np.bool_]]:
-    """Which questions each arm answers right, ``[questions]`` bool; a pass over the questions for all arms together.
-
-    Prompts and vision features are computed once a batch and shared: the variants differ only in what they do with them.
-    """
-    saved = folder / f"answers-{label}-{split}-{questions}.npz"
-    right: dict[str, list[bool]] = {arm.name: [] for arm in arms}
-    done = 0
-    if saved.exists():
-        with np.load(saved) as file:
-            if set(file.files) == set(right):
-                right = {name: file[name].tolist() for name in file.files}
-                done = len(next(iter(right.values())))
-    pipelines = {arm.name: Pipeline(bundle, arm.name) for arm in arms} if done < questions else {}
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns) as progress:
-        bar = progress.add_task(f"{label}: {len(arms)} variants", total=questions, completed=done)
-        first = bundle.variant(arms[0].name).profile
-        prompter = Prompter(bundle.path, bundle.manifest.geometry, first)
-        for number, items in enumerate(_chunks(islice(held_out(questions, split=split), done, None))):
-            batch = prompter.prepare([item.image for item in items], [item.question for item in items])
-            features = pipelines[arms[0].name].encode(batch.pixel_values)
-            for name, pipeline in pipelines.items():
-                said = generate(pipeline, prompter.tokenizer, batch, max_new_tokens=MAX_NEW, features=features)
-                right[name] += [one.text.strip() == item.answer for one, item in zip(said, items, strict=True)]
-            progress.advance(bar, len(items))
-            if number % 20 == 19:
-                _save(saved, right)
-    _save(saved, right)
-    return {name: np.asarray(values, np.bool_) for name, values in right.items()}
-
-
-def _save(path: Path, right: dict[str, list[bool]]) -> None:
+def _save(path: Path, plans: str, taken: Mapping[str, list[list[float]]]) -> None:
     temporary = path.with_suffix(".part.npz")
+    arrays: dict[str, Any] = {"plans": np.asarray(plans), **{name: np.asarray(rows, np.float32) for name, rows in taken.items()}}
     with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, values in right.items():
+        for name, array in arrays.items():
             with archive.open(f"{name}.npy", "w") as file:
-                np.save(file, np.asarray(values, np.bool_))
+                np.save(file, array)
     temporary.replace(path)
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of a table: accuracy, and the paired difference to the unpruned model with its 95 % interval, in points."""
-
-    arm: Arm
-    kept: int
-    accuracy: float
-    difference: float
-    half_width: float
-    share: float
-    by_kind: tuple[float, ...]
-
-
-def judge(arm: Arm, kept: int, right: NDArray[np.bool_], full: NDArray[np.bool_], kinds: NDArray[np.int64]) -> Row:
-    """A paired comparison; the interval is the normal one for the mean of the per-question differences."""
-    change = right.astype(np.float64) - full.astype(np.float64)
-    half = 1.96 * change.std(ddof=1) / np.sqrt(len(change))
-    by_kind = tuple(float(right[kinds == kind].mean()) for kind in range(len(KINDS)))
-    return Row(arm, kept, float(right.mean()), float(change.mean()), float(half), float(right.mean() / full.mean()), by_kind)
-
-
-def write_tables(rows: Sequence[Row], layers: Sequence[Row], questions: tuple[int, int], visual: int) -> None:
-    """``docs/accuracy.md``, ``docs/accuracy.csv`` and ``docs/accuracy.png``."""
-    docs = ROOT / "docs"
-    with (docs / "accuracy.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["table", "method", "layer", "keep", "kept", "accuracy", "difference", "half_width_95", "share", *KINDS])
-        for table, group in (("keep", rows), ("layer", layers)):
-            for row in group:
-                numbers = [row.accuracy, row.difference, row.half_width, row.share, *row.by_kind]
-                arm = row.arm
-                writer.writerow([table, arm.method or "unpruned", arm.layer, arm.keep, row.kept, *(f"{n:.4f}" for n in numbers)])
-    head = "| method | keep | kept | accuracy | against unpruned, points | share | " + " | ".join(KINDS) + " |"
-    lines = [
-        "# What pruning costs the shipped model",
-        "",
-        "Written by `benchmarks/accuracy.py` (`make accuracy`); do not edit. Greedy answers of the ONNX Runtime engines (fp32) to held-out",
-        "questions about canvases of digit images that training never saw; differences are paired, with 95 % intervals.",
-        "",
-        f"Code measured: `{hash_code(MEASURED)}`. Machine: {describe_machine()}.",
-        "",
-        f"## Selectors over tokens kept, before layer {rows[1].arm.layer} ({questions[0]} questions, {visual} visual tokens)",
-        "",
-        "![accuracy over tokens kept](accuracy.png)",
-        "",
-        head,
-        "|---" * (6 + len(KINDS)) + "|",
-        *(_line(row) for row in rows),
-        "",
-    ]
-    if layers:
-        lines += [
-            f"## Selectors over layers ({questions[1]} questions)",
-            "",
-            "Accuracy in per cent, with the half-width of the paired interval against the unpruned model.",
-            "",
-            *_layer_table(layers),
-        ]
-    (docs / "accuracy.md").write_text("\n".join(lines) + "\n")
-    _plot(rows, visual, docs / "accuracy.png")
+def measure_times(bundle: Bundle, arms: Sequence[Arm], folder: Path) -> dict[str, float]:
+    """Median ratio of each arm's prefill time to the unpruned one's, over interleaved rounds on one batch of questions."""
+    saved = folder / "times.json"
+    names = [arm.name for arm in arms]
+    if saved.exists() and list(found := json.loads(saved.read_text())) == names:
+        return {name: float(found[name]) for name in names}
+    items = list(held_out(BATCH))
+    pipelines = {name: Pipeline(bundle, name) for name in names}
+    prompter = Prompter(bundle.path, bundle.manifest.geometry, bundle.variant(names[0]).profile)
+    batch = prompter.prepare([item.image for item in items], [item.question for item in items])
+    features = {name: pipeline.encode(batch.pixel_values) for name, pipeline in pipelines.items()}
+    spent: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(TIMED_ROUNDS + 1):
+        for name, pipeline in pipelines.items():
+            start = time.perf_counter()
+            pipeline.prefill(batch, features[name])
+            if number:  # the first round warms up
+                spent[name].append(time.perf_counter() - start)
+    base = np.asarray(spent[names[0]])
+    ratios = {name: float(np.median(np.asarray(times) / base)) for name, times in spent.items()}
+    saved.write_text(json.dumps(ratios))
+    return ratios
 
 
-def _line(row: Row) -> str:
-    kinds = " | ".join(f"{value * 100:.1f}" for value in row.by_kind)
-    change = f"{row.difference * 100:+.1f} ± {row.half_width * 100:.1f}" if row.arm.method else "-"
-    name = row.arm.method or "unpruned"
-    return f"| {name} | {row.arm.keep} | {row.kept} | {row.accuracy * 100:.1f} % | {change} | {row.share:.3f} | {kinds} |"
+def judge(arm: Arm, answers: Answers, full: Answers, kinds: NDArray[np.int64]) -> Row:
+    """A paired comparison; intervals are the normal ones for the mean of per-question differences, 95 %."""
+    change = answers.right - full.right
+    count = len(change)
+    return Row(
+        arm=arm,
+        accuracy=float(answers.right.mean()),
+        difference=float(change.mean()),
+        difference_half=float(1.96 * change.std(ddof=1) / np.sqrt(count)),
+        share=float(answers.right.mean() / full.right.mean()),
+        same=float(answers.same.mean()),
+        same_half=float(1.96 * answers.same.std(ddof=1) / np.sqrt(count)),
+        divergence=float(answers.divergence.mean()),
+        divergence_half=float(1.96 * answers.divergence.std(ddof=1) / np.sqrt(count)),
+        by_kind=tuple(float(answers.right[kinds == kind].mean()) for kind in range(len(KINDS))),
+    )
 
 
-def _layer_table(rows: Sequence[Row]) -> list[str]:
-    depth = max(row.arm.layer for row in rows) + 1
-    lines = ["| method | keep | " + " | ".join(f"l = {layer}" for layer in range(depth)) + " |", "|---" * (2 + depth) + "|"]
-    for method in LAYER_METHODS:
-        for keep in LAYER_KEEPS:
-            cells = [row for row in rows if row.arm.method == method and row.arm.keep == keep]
-            values = " | ".join(
-                f"{row.accuracy * 100:.1f} ± {row.half_width * 100:.1f}" for row in sorted(cells, key=lambda row: row.arm.layer)
-            )
-            lines.append(f"| {method} | {keep} | {values} |")
-    return lines
-
-
-def _plot(rows: Sequence[Row], visual: int, path: Path) -> None:
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
-    axes.axhline(rows[0].accuracy * 100, color="black", linewidth=1, linestyle="--", label="unpruned")
+def tune(bundle: Bundle, profile: Profile, questions: int, work: Path) -> tuple[dict[str, Options], list[Row]]:
+    """Each method's best candidate on training questions (the first of equals), and what every candidate reached."""
+    arms = tuning_arms(bundle.manifest.geometry)
+    add_arms(bundle, arms, profile)
+    found = answer(bundle, arms, questions, work, "tune", "train")
+    kinds = _kinds(questions, "train")
+    rows = [judge(arm, found[arm.name], found["full"], kinds) for arm in arms]
+    tuned: dict[str, Options] = {method.name: method.candidates[0] for method in METHODS}
     for method in METHODS:
-        line = [row for row in rows if row.arm.method == method]
-        kept = [row.kept / visual * 100 for row in line]
-        axes.errorbar(kept, [r.accuracy * 100 for r in line], [r.half_width * 100 for r in line], marker="o", capsize=3, label=method)
-    axes.set(xscale="log", xlabel="visual tokens kept, %", ylabel="questions right, %")
-    axes.set_xticks([float(keep.rstrip("%")) for keep in KEEPS], KEEPS)
-    axes.minorticks_off()
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=120)
+        tried = [row for row in rows if row.arm.method == method.name]
+        if tried:
+            best = max(range(len(tried)), key=lambda place: (tried[place].accuracy, -place))
+            tuned[method.name] = method.candidates[best]
+    return tuned, rows
+
+
+def _kinds(questions: int, split: Split) -> NDArray[np.int64]:
+    return np.asarray([KINDS.index(item.kind) for item in held_out(questions, split=split)])
+
+
+def measure(options: argparse.Namespace, work: Path) -> None:
+    """The whole benchmark."""
+    bundle, profile = prepare(work / "bundle", options.checkpoint)
+    geometry = bundle.manifest.geometry
+    tuned, trials = tune(bundle, profile, options.tune_questions, work)
+    by_keep = keep_arms(geometry, tuned)
+    dynamic = {name: ir.load(bundle.graph_file(name)) for name in bundle.manifest.graphs}
+    budget = Budget(dynamic, geometry, profile)
+    others = {
+        "layer": layer_arms(geometry, tuned, range(geometry.depth)) if options.layer_questions else [],
+        "equal": budget.arms(tuned) if options.layer_questions else [],
+    }
+    add_arms(bundle, [*by_keep, *others["layer"], *others["equal"]], profile)
+    found = answer(bundle, by_keep, options.questions, work, "keep", "test")
+    rows = {"keep": [judge(arm, found[arm.name], found["full"], _kinds(options.questions, "test")) for arm in by_keep]}
+    for label, arms in others.items():
+        if arms:
+            found = answer(bundle, [by_keep[0], *arms], options.layer_questions, work, label, "test")
+            kinds = _kinds(options.layer_questions, "test")
+            rows[label] = [judge(arm, found[arm.name], found["full"], kinds) for arm in arms]
+    ratios = measure_times(bundle, by_keep, work)
+    flops = {arm.name: count_flops(ir.load(bundle.graph_file("prefill", variant=arm.name))) for arm in by_keep}
+    tables = Tables(
+        rows=rows,
+        trials=trials,
+        tuned=tuned,
+        times=ratios,
+        flops={name: count / flops["full"] for name, count in flops.items()},
+        questions={"keep": options.questions, "layer": options.layer_questions, "tune": options.tune_questions},
+        visual=geometry.visual_tokens,
+        depth=geometry.depth,
+        measured=MEASURED,
+    )
+    for path in write_tables(tables, ROOT / "docs"):
+        sys.stdout.write(f"made {path.relative_to(ROOT)}\n")
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--questions", type=int, default=5000, help="held-out questions of the first table")
-    parser.add_argument("--layer-questions", type=int, default=2000, help="held-out questions of the table over layers; 0: no such table")
+    parser.add_argument("--layer-questions", type=int, default=1000, help="held-out questions of the tables over layers; 0: no such tables")
+    parser.add_argument("--tune-questions", type=int, default=500, help="training questions that options are tuned on")
     parser.add_argument("--work", type=Path, help="folder for the bundle and the answers (default: a temporary one)")
-    parser.add_argument(
-        "--split", choices=("test", "train"), default="test", help="train: to choose defaults by; only the first table, printed"
-    )
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         work: Path = options.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
-        bundle = prepare(work / "bundle", [], options.checkpoint)
-        geometry = bundle.manifest.geometry
-        by_keep, by_layer = list_arms(geometry.depth)
-        if options.split == "train" or options.layer_questions == 0:
-            by_layer = []
-        bundle = prepare(work / "bundle", by_keep + by_layer, options.checkpoint)
-        right = answer(bundle, by_keep, options.questions, work, "keep", options.split)
-        right |= answer(bundle, by_layer, options.layer_questions, work, "layer", options.split) if by_layer else {}
-        kinds = np.asarray([KINDS.index(item.kind) for item in held_out(options.questions, split=options.split)])
-        rows: list[Row] = []
-        layers: list[Row] = []
-        for arms, table, count in ((by_keep, rows, options.questions), (by_layer, layers, options.layer_questions)):
-            for arm in arms:
-                stages = bundle.variant(arm.name).plan.stages
-                kept = stages[0].keep if stages else geometry.visual_tokens
-                table.append(judge(arm, kept, right[arm.name][:count], right["full"][:count], kinds[:count]))
-    for row in rows:
-        sys.stdout.write(_line(row) + "\n")
-    if options.split == "test":
-        write_tables(rows, layers, (options.questions, options.layer_questions), geometry.visual_tokens)
-        sys.stdout.write("made docs/accuracy.md, docs/accuracy.csv, docs/accuracy.png\n")
+        measure(options, work)
 
 
 if __name__ == "__main__":
