@@ -56,7 +56,7 @@ MEASURED: Final = (
     "benchmarks/accuracy_tables.py",
 )
 BATCH: Final = 16
-MAX_TEXT: Final = 40
+MAX_TEXT: Final = 24
 MAX_NEW: Final = 4
 TIMED_ROUNDS: Final = 15
 
@@ -271,7 +271,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--questions", type=int, default=5000, help="held-out questions of the first table")
-    parser.add_argument("--layer-questions", type=int, default=1000, help="held-out questions of the tables over layers; 0: no such tables")
+    parser.add_argument("--layer-questions", type=int, default=500, help="held-out questions of the tables over layers; 0: no such tables")
     parser.add_argument("--tune-questions", type=int, default=500, help="training questions that options are tuned on")
     parser.add_argument("--work", type=Path, help="folder for the bundle and the answers (default: a temporary one)")
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
