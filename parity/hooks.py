@@ -12,12 +12,15 @@ from torch import nn
 
 @contextmanager
 def watch_outputs(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, torch.Tensor]]:
-    """Collect what ``modules`` return while the block runs, under the given names; a module called twice keeps its last output."""
+    """Collect what ``modules`` return while the block runs, under the given names; a module called twice keeps its last output.
+
+    Of a module that returns several values it is the first.
+    """
     seen: dict[str, torch.Tensor] = {}
 
     def look_at(name: str, module: nn.Module) -> Any:
-        def look(_module: nn.Module, _inputs: Any, output: torch.Tensor) -> None:
-            seen[name] = output
+        def look(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            seen[name] = output[0] if isinstance(output, tuple) else output
 
         return module.register_forward_hook(look)
 

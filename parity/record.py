@@ -10,11 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sievert.bundle.plan import Plan
-from sievert.parity.selectors.base import Choice, Index, ReferenceSelector, TokenInputs
+from sievert.parity.selectors.base import Choice, Index, TokenInputs
+from sievert.parity.selectors.steps import ReferenceSelector
 
 Arrays = Mapping[str, NDArray[Any]]
 
 VISION = "image_features"
+VISUAL_SCORES = "visual_scores"
 EMBEDDINGS = "inputs_embeds"
 LOGITS = "logits"
 

@@ -17,11 +17,12 @@ from transformers import DynamicCache
 
 from sievert.bundle.errors import UnsupportedModelError
 from sievert.bundle.plan import Plan
-from sievert.parity.hooks import stop_before, watch_arguments, watch_outputs
+from sievert.parity.hooks import stop_before, watch_outputs
 from sievert.parity.record import (
     EMBEDDINGS,
     LOGITS,
     VISION,
+    VISUAL_SCORES,
     ReferenceRecord,
     StageTrace,
     as_index,
@@ -31,8 +32,11 @@ from sievert.parity.record import (
     scores_name,
     step_name,
 )
-from sievert.parity.selectors.base import Array, Index, TokenInputs
+from sievert.parity.selectors.base import Array, Index, Tap, TokenInputs, VisionTap
 from sievert.parity.selectors.registry import reference_selector
+from sievert.parity.selectors.steps import ReferenceSelector
+from sievert.parity.taps import OF_STREAM, list_taps, watch_layer
+from sievert.parity.vision import patch_grid, watch_vision
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,31 @@ class ReferenceState:
     logits: NDArray[np.float64]  # [V]
 
 
+@dataclass
+class _Walk:
+    """A prompt between two layers. ``rows``: the original row of each token that is left; ``visual``: those that were visual tokens.
+
+    ``taps``: what was collected since the cut before ``since``, for the next one; ``carried``: what earlier stages left.
+    """
+
+    hidden: torch.Tensor  # [1, S, D]
+    positions: torch.Tensor  # [1, S]
+    rows: Index
+    visual: Index
+    embeds: Array
+    carried: dict[str, Array]
+    taps: dict[Tap, Array]
+    since: int = 0
+
+    def cut(self, layer: int, kept: Index, *, compact: bool) -> None:
+        """Go on with ``kept`` and the text, before ``layer``."""
+        stay = np.isin(self.rows, kept) | ~np.isin(self.rows, self.visual)
+        self.hidden, self.rows, self.embeds = self.hidden[:, stay], self.rows[stay], self.embeds[stay]
+        self.positions = torch.arange(len(self.rows))[None] if compact else self.positions[:, stay]
+        self.carried = {name: values[stay] for name, values in self.carried.items()}
+        self.taps, self.since = {}, layer
+
+
 class Reference:
     """A ``LlavaForConditionalGeneration``; its weights and its forward are left alone.
 
@@ -68,14 +97,10 @@ class Reference:
         self.rounded_to = rounded_to
         self.dtype = next(model.parameters()).dtype
 
-    @torch.inference_mode()
     def embed(self, inputs: ReferenceInputs) -> tuple[torch.Tensor, torch.Tensor]:
         """The projected image features ``[Nv, D]`` and the merged embeddings ``[1, S, D]``, as the model's own forward makes them."""
-        pixels = torch.from_numpy(np.asarray(inputs.pixel_values, np.float32)).to(self.rounded_to).to(self.dtype)
-        ids = torch.from_numpy(as_index(inputs.input_ids))
-        with watch_outputs({"features": self.model.model.multi_modal_projector}) as seen, stop_before(self.text) as arguments:
-            self.model(input_ids=ids[None], pixel_values=pixels[None], attention_mask=torch.ones_like(ids)[None])
-        return seen["features"][0], arguments["inputs_embeds"]
+        features, hidden, _ = self._embed(inputs, ())
+        return features, hidden
 
     @torch.inference_mode()
     def prefill(
@@ -85,26 +110,34 @@ class Reference:
 
         Returns the state, the arrays by name (``sievert.parity.record``) and what each cut saw.
         """
-        features, hidden = self.embed(inputs)
+        selectors = [reference_selector(stage.selector, stage.options) for stage in plan.stages]
+        wanted = list_taps(plan, selectors, len(self.layers))
+        features, hidden, seen = self._embed(inputs, [selector.vision_tap for selector in selectors if selector.vision_tap])
         arrays: dict[str, NDArray[Any]] = {VISION: _numpy(features), EMBEDDINGS: _numpy(hidden[0])}
-        visual = np.flatnonzero(as_index(inputs.input_ids) == self.image_token_id)
-        rows, positions = np.arange(hidden.shape[1]), torch.arange(hidden.shape[1])[None]
+        for scores in seen.values():
+            arrays[VISUAL_SCORES] = scores
+        S = hidden.shape[1]
+        visual = as_index(np.flatnonzero(as_index(inputs.input_ids) == self.image_token_id))
+        walk = _Walk(hidden, torch.arange(S)[None], np.arange(S), visual, _numpy(hidden[0]), {}, {})
         stages = {stage.layer: index for index, stage in enumerate(plan.stages)}
         traces: list[StageTrace] = []
         cache = DynamicCache()
-        for number, layer in enumerate(self.layers):
+        for number in range(len(self.layers)):
             if number in stages:
                 index = stages[number]
-                trace = self._trace(number, hidden, positions, rows, visual, plan, index, None if kept is None else kept[index])
+                selector = selectors[index]
+                self._look(walk, number, _kinds(wanted[index], number))
+                said = None if selector.vision_tap is None else seen[selector.vision_tap]
+                trace = self._trace(walk, number, selector, plan.stages[index].keep, said, None if kept is None else kept[index])
                 traces.append(trace)
-                arrays[residual_name(index)] = _numpy(hidden[0])
-                if trace.selector.computes:
+                arrays[residual_name(index)] = _numpy(walk.hidden[0])
+                if selector.computes:
                     arrays[scores_name(index)] = trace.choice.scores
-                stay = np.isin(rows, trace.kept) | ~np.isin(rows, visual)
-                hidden, rows = hidden[:, stay], rows[stay]
-                positions = positions[:, stay] if plan.positions == "keep" else torch.arange(len(rows))[None]
-            hidden = self._call(layer, hidden, positions, cache)
-        logits = _numpy(self.model.lm_head(self.text.norm(hidden[:, -1:]))[0, -1])
+                walk.carried = {**walk.carried, **trace.choice.carried}
+                walk.cut(number, trace.kept, compact=plan.positions == "compact")
+            later = wanted[len(traces)] if len(traces) < len(wanted) else ()
+            walk.hidden = self._look(walk, number, _kinds(later, number), cache)
+        logits = _numpy(self.model.lm_head(self.text.norm(walk.hidden[:, -1:]))[0, -1])
         state = ReferenceState(cache, plan, len(visual), len(inputs.input_ids), logits)
         arrays[LOGITS] = logits
         arrays |= _caches(cache, cache_names)
@@ -150,58 +183,61 @@ class Reference:
         )
         return output
 
+    @torch.inference_mode()
+    def _embed(
+        self, inputs: ReferenceInputs, taps: Sequence[VisionTap]
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[VisionTap, NDArray[np.float64]]]:
+        """:meth:`embed`, and what the vision encoder says meanwhile."""
+        pixels = torch.from_numpy(np.asarray(inputs.pixel_values, np.float32)).to(self.rounded_to).to(self.dtype)
+        ids = torch.from_numpy(as_index(inputs.input_ids))
+        projector = self.model.model.multi_modal_projector
+        with watch_vision(self.model, taps) as scores, watch_outputs({"features": projector}) as seen, stop_before(self.text) as arguments:
+            self.model(input_ids=ids[None], pixel_values=pixels[None], attention_mask=torch.ones_like(ids)[None])
+        return seen["features"][0], arguments["inputs_embeds"], scores
+
+    def _look(self, walk: _Walk, number: int, kinds: Sequence[str], cache: Any = None) -> torch.Tensor:
+        """Run layer ``number`` and take down ``kinds`` of it; without a cache it is only looked at, and not run where that will do."""
+        for kind in kinds:
+            if kind in OF_STREAM:
+                walk.taps[kind, number] = _numpy((walk.hidden if kind == "residual" else self.text.norm(walk.hidden))[0])
+        inner = [kind for kind in kinds if kind not in OF_STREAM]
+        if cache is None and not inner:
+            return walk.hidden
+        with watch_layer(self.layers[number], inner) as seen:
+            hidden = self._call(self.layers[number], walk.hidden, walk.positions, cache)
+        walk.taps |= {(kind, number): tensor for kind, tensor in seen.items()}
+        return hidden
+
     def _trace(
-        self,
-        layer: int,
-        hidden: torch.Tensor,
-        positions: torch.Tensor,
-        rows: Index,
-        visual: Index,
-        plan: Plan,
-        index: int,
-        kept: Index | None,
+        self, walk: _Walk, layer: int, selector: ReferenceSelector, keep: int, scores: Array | None, kept: Index | None
     ) -> StageTrace:
-        """What the selector of stage ``index`` reads and would choose at the input of ``layer``."""
-        stage = plan.stages[index]
-        selector = reference_selector(stage.selector, stage.options)
-        left = as_index(np.flatnonzero(np.isin(rows, visual)))
-        text = as_index(np.flatnonzero(~np.isin(rows, visual)))
-        tensors = self._taps(layer, hidden, positions)
+        """What the selector reads and would choose at the input of ``layer``."""
+        left = as_index(np.flatnonzero(np.isin(walk.rows, walk.visual)))
+        text = as_index(np.flatnonzero(~np.isin(walk.rows, walk.visual)))
         inputs = TokenInputs(
-            **tensors,
+            taps=walk.taps,
+            embeds=walk.embeds,
             visual=left,
-            original=as_index(np.searchsorted(visual, rows[left])),
-            visual_total=len(visual),
-            text=text[rows[text] > visual[0]],
+            original=as_index(np.searchsorted(walk.visual, walk.rows[left])),
+            visual_total=len(walk.visual),
+            text=text[walk.rows[text] > walk.visual[0]],
             all_text=text,
             scale=float(self.layers[layer].self_attn.scaling),
+            layer=layer,
+            depth=len(self.layers),
+            since=walk.since,
+            grid=patch_grid(self.model),
+            carried=walk.carried,
+            visual_scores=scores,
         )
-        choice = selector.select(inputs, stage.keep)
-        own = np.sort(rows[left[choice.order]])
-        return StageTrace(selector, stage.keep, rows, inputs, choice, own, own if kept is None else np.sort(as_index(kept)))
-
-    def _taps(self, layer: int, hidden: torch.Tensor, positions: torch.Tensor) -> dict[str, Array]:
-        """q, k, v of ``layer`` on every row, ``[heads, S, d]`` float64, before and after rotary; q and k after any norm of theirs."""
-        attention = self.layers[layer].self_attn
-        watched = {name: getattr(attention, f"{name}_norm", getattr(attention, f"{name}_proj")) for name in ("q", "k")}
-        with watch_outputs({**watched, "v": attention.v_proj}) as seen, watch_arguments(attention) as arguments:
-            self._call(self.layers[layer], hidden, positions, None)  # only to be looked at: the layer itself runs on the kept rows
-        S, d = hidden.shape[1], attention.head_dim
-        heads = {name: tensor.reshape(S, -1, d).permute(1, 0, 2).double().numpy() for name, tensor in seen.items()}
-        cos, sin = (table[0].double().numpy() for table in arguments["position_embeddings"])
-        if cos.shape[-1] != d:
-            raise UnsupportedModelError(f"rotary turns {cos.shape[-1]} of {d} elements of a head: partial rotary is not supported")
-        return {
-            **heads,
-            "q_rotary": heads["q"] * cos + _rotate_half(heads["q"]) * sin,
-            "k_rotary": heads["k"] * cos + _rotate_half(heads["k"]) * sin,
-        }
+        choice = selector.select(inputs, keep)
+        own = np.sort(walk.rows[left[choice.order]])
+        return StageTrace(selector, keep, walk.rows, inputs, choice, own, own if kept is None else np.sort(as_index(kept)))
 
 
-def _rotate_half(values: Array) -> Array:
-    """``(a, b) -> (-b, a)`` over the two halves of the last axis, as transformers pairs them."""
-    half = values.shape[-1] // 2
-    return np.concatenate([-values[..., half:], values[..., :half]], axis=-1)
+def _kinds(taps: Sequence[Tap], layer: int) -> list[str]:
+    """What is read of ``layer``."""
+    return [kind for kind, number in taps if number == layer]
 
 
 def _caches(cache: Any, names: Any) -> dict[str, NDArray[Any]]:

@@ -13,8 +13,9 @@ from sievert.parity.selectors.base import Margin
 class Tolerances:
     """Largest absolute error allowed to each kind of tensor, in units of ``max(1, max |reference|)``.
 
-    ``scores`` is in units of ``condition``, what the scaling of the scores magnifies a relative error by. ``selection`` says what is
-    a near tie between tokens to keep. Two logits are a near tie where twice the allowed error could swap them.
+    ``scores`` is in units of ``Choice.condition``, the error of a score per relative error of what it is computed from; of the vision
+    encoder's scores in units of the largest. ``selection`` says what is a near tie between tokens to keep. Two logits are a near tie
+    where twice the allowed error could swap them.
     """
 
     vision: float

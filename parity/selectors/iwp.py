@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 
-from sievert.parity.selectors.base import Array, Choice, Chunk, Index, Margin, Replay, TokenInputs, invalid_order, judge_chunk, top
+from sievert.parity.selectors.base import Array, Margin, Tap, Text, TokenInputs
+from sievert.parity.selectors.steps import ReferenceSelector, Scores, Step, Steps
 
 
 @dataclass(frozen=True)
-class Iwp:
+class Iwp(ReferenceSelector):
     """The options and defaults of METHODS.
 
     ``head_norm``: ``global`` keeps the heads' weights against each other, ``softmax`` normalises each head over the visual tokens.
@@ -24,44 +24,28 @@ class Iwp:
     floor: float = 0.01
     head_norm: Literal["global", "softmax"] = "global"
     scaling: Literal["minmax", "max"] = "minmax"
-    text: Literal["after_image", "all"] = "after_image"
+    text: Text = "after_image"
     duplication: Literal["mean_of_squares", "square_of_mean"] = "mean_of_squares"
     magnitude_rotary: bool = False
     duplication_rotary: bool = True
 
-    computes: ClassVar[bool] = True
+    def taps(self, layer: int, depth: int, since: int) -> tuple[Tap, ...]:  # noqa: ARG002
+        """Queries, keys and values of the layer itself."""
+        return tuple((kind, layer) for kind in ("q", "q_rotary", "k", "k_rotary", "v"))
 
-    def select(self, inputs: TokenInputs, keep: int) -> Choice:
+    def steps(self, inputs: TokenInputs, keep: int, margin: Margin) -> Steps:
         """Progressive chunked MMR: ``C`` grows by the ``b`` highest, the newest chunk lowers what resembles it, ``b`` grows."""
         scores, condition = self.magnitude(inputs)
-        return Choice(self._take(scores, self.similarity(inputs), keep, []), scores, condition)
-
-    def arrange(self, inputs: TokenInputs, places: Sequence[int] | Index) -> Index:
-        """The same selection with every other token already out of the race."""
-        scores, _ = self.magnitude(inputs)
-        others = sorted(set(range(len(scores))) - {int(place) for place in places})
-        return self._take(scores, self.similarity(inputs), len(scores) - len(others), others)
-
-    def replay(self, inputs: TokenInputs, keep: int, order: Sequence[int] | Index, margin: Margin) -> Replay:
-        """Follow the engine's chunks; each is judged by the scores that its own earlier choices leave."""
-        taken_order = np.asarray(order, np.int64)
-        reason = invalid_order(taken_order, keep, len(inputs.visual))
-        if reason is not None:
-            return Replay((), reason)
-        scores, condition = self.magnitude(inputs)
-        similarity = self.similarity(inputs)
-        low = np.maximum(scores - margin.score * condition, 0.0)
-        high = scores + margin.score * condition
-        chunks, taken = list[Chunk](), set[int]()
+        error = margin.score * condition
+        low, high = np.maximum(scores - error, 0.0), scores + error
+        similarity: Array | None = None
         for size in self.chunk_sizes(keep):
-            new = [int(place) for place in taken_order[len(taken) : len(taken) + size]]
-            taken.update(new)
-            left = [place for place in range(len(scores)) if place not in taken]
-            chunks.append(judge_chunk(new, left, scores, low, high))
+            new = yield Step(size, Scores(scores, low, high, condition))
+            if similarity is None:
+                similarity = self.similarity(inputs)
             scores = scores * self._penalty(similarity, new, 0.0)
             low = low * self._penalty(similarity, new, margin.similarity)
             high = high * self._penalty(similarity, new, -margin.similarity)
-        return Replay(tuple(chunks))
 
     def chunk_sizes(self, keep: int) -> list[int]:
         """b0, b0 g, b0 g^2, ... until ``keep`` tokens are taken; the last chunk is what is missing."""
@@ -73,11 +57,8 @@ class Iwp:
 
     def magnitude(self, inputs: TokenInputs) -> tuple[Array, float]:
         """P: ``[Nv]``, scaled, and the condition of that scaling."""
-        q = inputs.q_rotary if self.magnitude_rotary else inputs.q
-        k = inputs.k_rotary if self.magnitude_rotary else inputs.k
-        text = inputs.text if self.text == "after_image" else inputs.all_text
-        if len(text) == 0:
-            raise ValueError("no text row to take the query from")
+        q, k = (inputs.tap(f"{kind}_rotary" if self.magnitude_rotary else kind) for kind in ("q", "k"))
+        v, text = inputs.tap("v"), inputs.text_rows(self.text)
         H, G, Nv = len(q), len(k), len(inputs.visual)
         exponent, norm = np.zeros((H, Nv)), np.zeros((H, Nv))
         for h in range(H):
@@ -85,7 +66,7 @@ class Iwp:
             query = q[h][text].mean(axis=0)
             for i, row in enumerate(inputs.visual):
                 exponent[h, i] = query @ k[g, row] * inputs.scale
-                norm[h, i] = np.sqrt(np.sum(inputs.v[g, row] ** 2))
+                norm[h, i] = np.sqrt(np.sum(v[g, row] ** 2))
         if self.head_norm == "global":
             weight = np.exp(exponent - exponent.max())
         else:
@@ -104,11 +85,11 @@ class Iwp:
 
     def similarity(self, inputs: TokenInputs) -> Array:
         """S2: ``[Nv, Nv]``, how much of one token's update another one repeats."""
-        keys = inputs.k_rotary if self.duplication_rotary else inputs.k
+        keys, values = inputs.tap("k_rotary" if self.duplication_rotary else "k"), inputs.tap("v")
         G, Nv = len(keys), len(inputs.visual)
         S = np.zeros((G, Nv, Nv))
         for g in range(G):
-            k, v = keys[g][inputs.visual], inputs.v[g][inputs.visual]
+            k, v = keys[g][inputs.visual], values[g][inputs.visual]
             length = np.sqrt(np.sum(v**2, axis=1))
             for i in range(Nv):
                 lengths = length * length[i]
@@ -117,16 +98,6 @@ class Iwp:
                 S[g, i] = cosine * np.exp(-distance2 * inputs.scale / 2)
         mean: Array = (S**2).mean(axis=0) if self.duplication == "mean_of_squares" else S.mean(axis=0) ** 2
         return mean
-
-    def _take(self, scores: Array, similarity: Array, keep: int, excluded: list[int]) -> Index:
-        """``keep`` places in the order they are taken."""
-        left_scores, order = scores.copy(), list[int]()
-        for size in self.chunk_sizes(keep):
-            left_scores[order + excluded] = -1.0
-            new = top(left_scores, size)
-            order += new
-            left_scores = left_scores * self._penalty(similarity, new, 0.0)
-        return np.array(order, np.int64)
 
     def _penalty(self, similarity: Array, new: list[int], shift: float) -> Array:
         """The factor on every score after ``new`` was taken, all similarities being ``shift`` larger than computed."""

@@ -128,10 +128,10 @@ def test_a_selector_that_ignores_padding_fails_at_its_scores(reference: Referenc
     (trace,) = reference.record(inputs, PLAN, tokens=1).traces
     seen, rng = trace.inputs, np.random.default_rng(3)
     rows = len(trace.rows) + np.arange(6)
-    padded = {name: pad(getattr(seen, name), 1, 6, rng) / 50 for name in ("q", "q_rotary", "k", "k_rotary", "v")}
-    for name, heads in padded.items():
-        heads[:, : len(trace.rows)] = getattr(seen, name)
-    choice = trace.selector.select(replace(seen, **padded, text=np.r_[seen.text, rows]), 6)
+    padded = {tap: pad(heads, 1, 6, rng) / 50 for tap, heads in seen.taps.items()}
+    for tap, heads in padded.items():
+        heads[:, : len(trace.rows)] = seen.taps[tap]
+    choice = trace.selector.select(replace(seen, taps=padded, text=np.r_[seen.text, rows]), 6)
     assert set(choice.order.tolist()) != set(trace.choice.order.tolist())
     kept = np.sort(trace.visual_rows[choice.order])
     engine = run_as_engine(reference, inputs, kept=[kept])

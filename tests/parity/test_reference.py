@@ -151,12 +151,13 @@ def test_what_the_selector_reads_is_what_attention_multiplies(load: Load) -> Non
         plan = Plan(stages=(Stage(selector="iwp", layer=1, keep=16, requested="16"),))
         _, arrays, (trace,) = reference.prefill(inputs, plan)
         key, value = cache_names(1)
-        assert np.abs(trace.inputs.k_rotary - arrays[key]).max() < 1e-5
-        assert np.abs(trace.inputs.v - arrays[value]).max() < 1e-5
-        assert np.abs(trace.inputs.k[:, 0] - arrays[key][:, 0]).max() < 1e-5  # position 0 is not turned
-        assert np.abs(trace.inputs.k[:, 5] - arrays[key][:, 5]).max() > 1e-2
-        lengths = [np.linalg.norm(heads, axis=-1) for heads in (trace.inputs.q, trace.inputs.q_rotary)]
-        assert np.allclose(*lengths) and len(trace.inputs.q) == load(shape).config.text_config.num_attention_heads
+        tap = trace.inputs.tap
+        assert np.abs(tap("k_rotary") - arrays[key]).max() < 1e-5
+        assert np.abs(tap("v") - arrays[value]).max() < 1e-5
+        assert np.abs(tap("k")[:, 0] - arrays[key][:, 0]).max() < 1e-5  # position 0 is not turned
+        assert np.abs(tap("k")[:, 5] - arrays[key][:, 5]).max() > 1e-2
+        lengths = [np.linalg.norm(heads, axis=-1) for heads in (tap("q"), tap("q_rotary"))]
+        assert np.allclose(*lengths) and len(tap("q")) == load(shape).config.text_config.num_attention_heads
 
 
 def test_two_cuts_see_what_is_left(load: Load) -> None:

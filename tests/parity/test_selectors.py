@@ -9,12 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sievert.parity.selectors.base import Margin, TokenInputs
+from sievert.parity.selectors.base import EXACT, Margin, TokenInputs
 from sievert.parity.selectors.iwp import Iwp, Magnitude
 from sievert.parity.selectors.random import Random
 from sievert.parity.selectors.uniform import Uniform
-
-EXACT = Margin(0.0, 0.0)
 
 
 def make(keys: Any, values: Any, *, query: Any = ((1.0, 0.0),), scale: float = 1.0, original: Any = None, total: int = 0) -> TokenInputs:
@@ -24,11 +22,8 @@ def make(keys: Any, values: Any, *, query: Any = ((1.0, 0.0),), scale: float = 1
     q = np.zeros((1, Nv + 1, 2))
     q[0, Nv:] = query
     return TokenInputs(
-        q=q,
-        q_rotary=q,
-        k=k,
-        k_rotary=k,
-        v=v,
+        taps=name_heads(q, k, v),
+        embeds=np.zeros((Nv + 1, 2)),
         visual=np.arange(Nv),
         original=np.arange(Nv) if original is None else np.array(original),
         visual_total=total or Nv,
@@ -36,6 +31,10 @@ def make(keys: Any, values: Any, *, query: Any = ((1.0, 0.0),), scale: float = 1
         all_text=np.array([Nv]),
         scale=scale,
     )
+
+
+def name_heads(q: Any, k: Any, v: Any) -> dict[tuple[str, int], Any]:
+    return {("q", 0): q, ("q_rotary", 0): q, ("k", 0): k, ("k_rotary", 0): k, ("v", 0): v}
 
 
 def test_magnitude_by_hand() -> None:
@@ -52,7 +51,7 @@ def test_the_heads_weigh_as_they_are_or_alike() -> None:
     k = np.array([[[1.0, 0.0], [0.0, 0.0], [0.0, 0.0]]])
     q = np.zeros((2, 3, 2))
     q[0, 2], q[1, 2] = [3, 0], [-9, 0]
-    two = replace(inputs, q=q, k=k)
+    two = replace(inputs, taps=name_heads(q, k, inputs.tap("v")))
     plain = [(math.exp(3) + math.exp(-9)) / 2, 1.0]
     soft = [
         (math.exp(3) / (math.exp(3) + 1) + math.exp(-9) / (math.exp(-9) + 1)) / 2,
@@ -77,7 +76,7 @@ def test_duplicates_by_hand() -> None:
 def test_the_mean_is_taken_after_or_before_squaring() -> None:
     inputs = make([[0, 0], [0, 0]], [[1, 0], [1, 0]])
     v = np.array([[[1.0, 0], [1.0, 0], [0, 0]], [[1.0, 0], [-1.0, 0], [0, 0]]])
-    two = replace(inputs, k=np.zeros((2, 3, 2)), k_rotary=np.zeros((2, 3, 2)), v=v)
+    two = replace(inputs, taps=name_heads(inputs.tap("q"), np.zeros((2, 3, 2)), v))
     assert Iwp().similarity(two)[0, 1] == 1.0 and Iwp(duplication="square_of_mean").similarity(two)[0, 1] == 0.0
 
 
