@@ -116,7 +116,7 @@ def check(
         raise InputError(f"{opened.path.name} has no variants to check: make one with `sievert prune`")
     options: dict[str, Any] = {"samples": given, "count": count, "tokens": tokens, "template": template}
     progress("loading the PyTorch model")
-    reference = load_reference(opened.manifest, model=model or None)
+    reference = load_reference(opened.manifest, model=model or _find_download(opened.manifest.source.model))
 
     def judge(variant: str, engine: str, lowered_for: str = "") -> Report:
         if find_runtime(engine).unavailable() is not None:
@@ -135,6 +135,14 @@ def check(
         files = judge(variant, ONNX, engine) if built is not None and engine != ONNX else None
         outcomes.append(Outcome(variant, engine, ran, files))
     return Checked(opened.path, tuple(outcomes))
+
+
+def _find_download(model: str) -> Path | None:
+    """The folder that export fetched a hub id into; None for a local folder, or where it is gone: the manifest's own name is tried."""
+    from sievert.exporter.export import DOWNLOADS
+
+    folder = DOWNLOADS.expanduser() / model
+    return folder if not Path(model).is_dir() and folder.is_dir() else None
 
 
 def read_samples(path: Path, *, limit: int = 0) -> tuple[Sample, ...]:

@@ -19,7 +19,7 @@ from sievert.engines.run.pipeline import Pipeline
 from sievert.engines.run.prompt import Prompter, load_processor
 from sievert.engines.run.registry import find_runtime
 from sievert.parity.compare import compare, usable_kept
-from sievert.parity.load import load_reference
+from sievert.parity.load import describe_other_weights, load_reference
 from sievert.parity.observe import observe_prefill, observe_tokens, open_pipeline
 from sievert.parity.record import ReferenceRecord, kept_name
 from sievert.parity.reference import Reference, ReferenceInputs
@@ -110,6 +110,8 @@ def check_against(
             progress(f"samples {len(reports) + 1}..{len(reports) + len(group)} of {len(samples)}")
             reports += _check_group(reference, bundle, pipeline, prompter, group, steps, template=template, exposed=exposed)
     verdict, reason, stage = explain([report.results for report in reports])
+    if verdict is Verdict.FAIL and (otherwise := describe_other_weights(bundle.manifest, reference.model)):
+        reason += f". The checkpoint was changed since the bundle was made, or is another one: {otherwise}"
     logger.info("%s on %s: %s %s", variant, engine, verdict.value, reason)
     return _report(
         bundle,

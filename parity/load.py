@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -43,3 +44,21 @@ def load_reference(manifest: Manifest, *, model: str | Path | None = None) -> Re
             f"{wanted[2]}: pass --model with the model the bundle was made from"
         )
     return Reference(loaded.float(), rounded_to=dtype)
+
+
+def describe_other_weights(manifest: Manifest, model: torch.nn.Module) -> str:
+    """Which of the bundle's weights the model has otherwise, in words; empty where it is the model that was exported."""
+    state = model.state_dict()
+    compared, different = 0, list[str]()
+    for weight in manifest.weights:
+        tensor = state.get(weight.name.removesuffix(".T"))
+        if tensor is None:  # a constant of the exporter's
+            continue
+        compared += 1
+        tensor = tensor.t() if weight.name.endswith(".T") else tensor
+        content = tensor.to(getattr(torch, weight.dtype)).contiguous().view(torch.uint8).numpy()
+        if tuple(tensor.shape) != weight.shape or hashlib.sha256(content.data).hexdigest() != weight.sha256:
+            different.append(weight.name)
+    if not different:
+        return ""
+    return f"{len(different)} of the {compared} weights compared are not those that were exported, such as {different[0]}"

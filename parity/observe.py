@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
-from onnx_ir.passes import common as common_passes
 
 from sievert.bundle.store import Bundle
 from sievert.engines.run.files import find_model
@@ -58,7 +57,6 @@ def open_pipeline(bundle: Bundle, variant: str, engine: str, *, lowered_for: str
         if reference_selector(stage.selector, stage.options).computes:
             names += [scores_name(number), order_name(number)]
     model = ir.load(find_model(bundle, variant, "prefill", runtime, lowered_for).path)
-    common_passes.ShapeInferencePass()(model)  # a file need not hold the shapes of inner values; an output needs one
     content = to_bytes(expose(model, names))
     return Pipeline(bundle, variant, runtime, lowered_for=lowered_for, prefill_model=content), True
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from rich.console import Console
@@ -29,7 +31,7 @@ from sievert.graph_passes.lower import lower
 from sievert.graph_passes.prune import add_variant
 from sievert.parity import check as check_module
 from sievert.parity.check import check, check_against
-from sievert.parity.load import load_reference
+from sievert.parity.load import describe_other_weights, load_reference
 from sievert.parity.observe import open_pipeline
 from sievert.parity.reference import Reference
 from sievert.parity.report import Report
@@ -263,6 +265,17 @@ def test_what_cannot_be_checked_is_refused(bundle: Bundle, reference: Reference,
 def test_a_model_of_other_weights_fails_at_once(bundle: Bundle, tmp_path: Path) -> None:
     report: Report = check(bundle, "full", count=1, tokens=1, model=make_tiny_llava(tmp_path / "other", seed=1))
     assert (report.verdict, report.first_failure) == (Verdict.FAIL, "vision features")
+    found = re.search(r"(\d+) of the (\d+) weights compared are not those that were exported, such as model\.", report.reason)
+    assert found and 0 < int(found[1]) <= int(found[2])
+
+
+def test_the_model_itself_has_no_other_weights(bundle: Bundle, reference: Reference) -> None:
+    assert describe_other_weights(bundle.manifest, reference.model) == ""
+    head = reference.model.lm_head.weight
+    with torch.no_grad():
+        before, head[3, 5] = head[3, 5].clone(), head[3, 5] + 1
+        assert "1 of the" in describe_other_weights(bundle.manifest, reference.model)
+        head[3, 5] = before
 
 
 def test_the_pipeline_shows_the_stages_it_has(bundle: Bundle) -> None:
