@@ -10,7 +10,7 @@ EXTRAS ?= cpu,tensorrt-rtx,dev
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed.stamp
 
-.PHONY: help demo test test-all lint types links tables accuracy clean
+.PHONY: help demo test test-all lint types links tables accuracy agreement sequential clean
 
 help:
 	@echo "make demo      export, prune, build, check and ask the shipped model"
@@ -20,6 +20,8 @@ help:
 	@echo "make types     mypy --strict"
 	@echo "make links     refresh what type checkers see, after adding a file to api/"
 	@echo "make accuracy  the accuracy table of the shipped model (long)"
+	@echo "make agreement every selector against PyTorch on the shipped model, and built for TensorRT for RTX (long)"
+	@echo "make sequential what selectors that choose one by one cost"
 	@echo "make tables    whether the committed tables still measure this code"
 	@echo "make clean     remove the environment and the caches"
 
@@ -49,6 +51,12 @@ tables: $(STAMP)
 
 accuracy: $(STAMP)
 	$(BIN)/python benchmarks/accuracy.py
+
+agreement: $(STAMP)
+	$(BIN)/python benchmarks/agreement.py
+
+sequential: $(STAMP)
+	$(BIN)/python benchmarks/sequential.py --rtx
 
 # PyTorch goes in first: the pin decides its build once, and nothing later can swap it. setuptools comes with it, so that our own
 # build takes the pinned one instead of fetching another.

@@ -9,12 +9,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.accuracy import MEASURED
+from benchmarks.agreement import MEASURED as AGREEMENT
 from benchmarks.sequential import MEASURED as SEQUENTIAL
 from benchmarks.stamp import ROOT, hash_code
 
 TABLES = {
     "docs/accuracy.md": (MEASURED, "make accuracy"),
-    "docs/sequential.md": (SEQUENTIAL, "python benchmarks/sequential.py --rtx"),
+    "docs/agreement.md": (AGREEMENT, "make agreement"),
+    "docs/sequential.md": (SEQUENTIAL, "make sequential"),
 }
 
 
