@@ -60,7 +60,7 @@ def gather_columns(op: Op, values: ir.Value, columns: ir.Value) -> ir.Value:
 
 
 def mask_softmax(op: Op, logits: ir.Value, allowed: ir.Value) -> ir.Value:
-    """Softmax over the last axis of ``logits`` where ``allowed`` (bool, broadcast), 0 elsewhere; even where nothing is allowed."""
+    """Softmax over the last axis of ``logits`` where ``allowed`` (bool, broadcast), 0 elsewhere; finite even where nothing is allowed."""
     return op.Softmax(op.Where(allowed, logits, LOWEST), axis=-1)
 
 

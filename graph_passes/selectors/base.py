@@ -17,6 +17,7 @@ from sievert.bundle.errors import PlanError
 from sievert.bundle.plan import Stage, resolve_keep
 from sievert.bundle.specs import Geometry
 from sievert.graph_passes.selectors.options import check_values
+from sievert.graph_passes.selectors.schedule import Schedule
 
 TapKind = Literal[
     "q",  # [B, H, S, d] before rotary, after any q norm
@@ -159,6 +160,11 @@ class Selector(ABC):
     @property
     def vision_tap(self) -> VisionTap | None:
         """What it reads of the vision encoder; such a selector cuts before layer 0."""
+        return None
+
+    @property
+    def own_schedule(self) -> Schedule | None:
+        """Where it cuts with these options, if that is not where the registry says."""
         return None
 
     @property
