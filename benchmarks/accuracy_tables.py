@@ -118,8 +118,8 @@ def _equal_section(tables: Tables) -> list[str]:
         "",
         *_wrap(
             f"Every plan may spend what keeping {EQUAL_TO} at the common layer costs, the selector's own arithmetic left out: an earlier "
-            "cut may keep more. Plans of several cuts are the papers' own schedules with their position policy, layers scaled to this depth, "
-            "shares to this budget."
+            "cut may keep more. Plans of several cuts are the papers' own schedules with their position policy, layers scaled to this "
+            "depth, shares to this budget."
         ),
         "",
         *_table(("method", "layers", "kept", "positions", "right, %", "against unpruned, points", "share of unpruned"), cells),
