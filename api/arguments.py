@@ -161,8 +161,21 @@ SomeSelectors = Annotated[
     str,
     Option("--selectors", metavar="A,B,C", help="Which ones. Default: all that fit the model.", show_default=False, rich_help_panel=_CUT),
 ]
-OneKeep = Annotated[str, Option("--keep", metavar="KEEP", help="22%, 64, or auto: 22%, or the paper's schedule.", rich_help_panel=_CUT)]
-OneLayer = Annotated[str, Option("--layer", metavar="L", help="A layer, or auto: the paper's, scaled.", rich_help_panel=_CUT)]
+OneKeep = Annotated[
+    str,
+    Option(
+        "--keep", metavar="KEEP", help="22% or 64: one cut for every selector. auto: 22%, or the paper's schedule.", rich_help_panel=_CUT
+    ),
+]
+OneLayer = Annotated[
+    str,
+    Option(
+        "--layer",
+        metavar="L",
+        help="A layer, or auto: the paper's, scaled; with --keep, a seventh of the depth where the paper cuts several times.",
+        rich_help_panel=_CUT,
+    ),
+]
 PictureFile = Annotated[Path, Option("--out", metavar="FILE", help="The picture to write, as PNG.")]
 
 # inspect

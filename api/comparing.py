@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from sievert.bundle.errors import GraphError, PlanError
+from sievert.bundle.errors import GraphError, PlanError, PromptError
 from sievert.bundle.plan import Plan
 from sievert.bundle.store import Bundle
 from sievert.engines.run.dtypes import Array
 from sievert.engines.run.pipeline import Features
 from sievert.engines.run.prompt import PromptBatch, Prompter
 from sievert.engines.run.sampling import Sampling
-from sievert.planning import FULL, Cut, make_plan
+from sievert.planning import FULL, Cut, choose_layer, make_plan
 from sievert.progress import Progress, Size, silent
 from sievert.running import Answer, Watched, answer_batch, choose_limit, show_pixels
 
@@ -64,7 +64,9 @@ def compare_selectors(
     """Ask one question of the unpruned model and of one variant for each of ``selectors`` (all, if none is named), greedily.
 
     The variants are made in memory and run in ONNX Runtime; the bundle stays as it is. ``keep`` and ``layer`` mean what they mean in
-    :class:`Cut`. Lengths are those of the variant ``full``, for one prompt at a time.
+    :class:`Cut`, except that ``keep`` alone is one cut for every selector, so that all have one budget: those whose papers cut several
+    times make it a seventh of the depth down. A selector that cannot be tried is listed with the reason. Lengths are those of the
+    variant ``full``, for one prompt at a time.
 
     Raises:
         PlanError: a selector that does not exist, or none that can be tried; the message says why.
@@ -100,7 +102,7 @@ def compare_selectors(
     for name, plan in plans.items():
         try:
             answer = try_plan(name, plan)
-        except (PlanError, GraphError) as error:
+        except (PlanError, GraphError, PromptError) as error:
             refused[name] = str(error)
             continue
         compared.append(Compared(name, plan, answer.text.strip(), answer.kept[-1]))
@@ -123,11 +125,16 @@ def _make_plans(bundle: Bundle, names: Sequence[str], keep: str, layer: Size) ->
     Raises:
         PlanError: none can.
     """
+    from sievert.graph_passes.selectors.registry import find_schedule
+
+    geometry = bundle.manifest.geometry
     plans: dict[str, Plan] = {}
     refused: dict[str, str] = {}
     for name in names:
+        schedule = find_schedule(name, {})
+        once = choose_layer(schedule, geometry) if layer == "auto" and keep != "auto" and schedule.shares else layer
         try:
-            plans[name] = make_plan(bundle.manifest.geometry, [Cut(keep=keep, layer=layer, selector=name)])
+            plans[name] = make_plan(geometry, [Cut(keep=keep, layer=once, selector=name)])
         except PlanError as error:
             refused[name] = str(error)
     if not plans:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from sievert.bundle.errors import ImageError, InputError, PromptError
+from sievert.bundle.store import Bundle
 from sievert.engines.run.prompt import Prompter
+from sievert.eval_journal import Asked
+from sievert.planning import FULL
 
 LINE: Final = '{"image": "photo.png", "prompt": "what is this?", "answer": "a cat"}'
 _ENDS: Final = ".,;:!?…。！？，；：、"
@@ -18,9 +21,9 @@ _ENDS: Final = ".,;:!?…。！？，；：、"
 
 @dataclass(frozen=True)
 class Question:
-    """One line. ``answers`` are all that count as right, none where the line gives none; ``image_sha256`` is of the file's bytes.
+    """One line. ``answers`` are all that count as right, none where the line gives none; ``image_name`` is how the line names the image.
 
-    ``image_name`` is how the line names the image.
+    ``asked`` is what the model is given: lines that differ in nothing else are one question to it.
     """
 
     line: int
@@ -28,7 +31,7 @@ class Question:
     image_name: str
     prompt: str
     answers: tuple[str, ...]
-    image_sha256: str
+    asked: Asked
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ def read_questions(path: Path, *, limit: int = 0) -> Questions:
         place = path.parent / image
         if place not in hashes:
             hashes[place] = _hash_image(f"{path}, line {number}", place)
-        questions.append(Question(number, place, image, prompt, answers, hashes[place]))
+        questions.append(Question(number, place, image, prompt, answers, Asked(hashes[place], prompt)))
         if len(questions) == limit:
             break
     if not questions:
@@ -76,18 +79,53 @@ def read_questions(path: Path, *, limit: int = 0) -> Questions:
     return Questions(path, hashlib.sha256(data).hexdigest(), tuple(questions))
 
 
-def check_questions(questions: Questions, prompter: Prompter, *, template: bool, tell: Callable[[int], None]) -> None:
-    """Bring every question to what the graphs take, so that none fails after hours. ``tell`` is given how many are done.
+def check_questions(questions: Questions, bundle: Bundle, variants: Sequence[str], *, template: bool, tell: Callable[[int], None]) -> None:
+    """Bring every question to what the graphs of all ``variants`` take, so that none fails after hours. ``tell`` is given the number done.
 
     Raises:
-        ImageError, PromptError: an image or prompt the model cannot take; the message names the line.
+        ImageError, PromptError: an image or prompt that the model, or a variant, cannot take; the message names the line and the variant.
     """
+    geometry = bundle.manifest.geometry
+    # All the text the model has positions for: it is said below which variant has less room.
+    roomy = bundle.variant(FULL).profile.model_copy(update={"batch": 1, "max_text": geometry.max_positions})
+    prompter = Prompter(bundle.path, geometry, roomy)
     for number, question in enumerate(questions.questions):
         tell(number)
         try:
-            prompter.prepare([question.image], [question.prompt], template=template)
+            batch = prompter.prepare([question.image], [question.prompt], template=template)
+            words = batch.lengths[0] - geometry.visual_tokens
+            _check_variants(bundle, variants, words, asks=batch.without_question() is None)
         except (ImageError, PromptError) as error:
             raise type(error)(f"{questions.path}, line {question.line}: {error}") from error
+
+
+def _check_variants(bundle: Bundle, variants: Sequence[str], words: int, *, asks: bool) -> None:
+    """Refuse a prompt of ``words`` text tokens that one of the variants cannot take; ``asks``: there is text after the image.
+
+    Raises:
+        PromptError: names the variant that takes least, and those that take the prompt.
+    """
+    room = {name: bundle.variant(name).profile.max_text for name in variants}
+    silent = [name for name in variants if not asks and bundle.variant(name).reads_question]
+    able = [name for name in variants if words <= room[name] and name not in silent]
+    if words > min(room.values()):
+        least = min(room, key=lambda name: room[name])
+        raise PromptError(
+            f"the prompt has {words} text tokens, template included, but the variant {least!r} takes {room[least]}: shorten it, "
+            f"{_ask_others(able)}or make variants with a larger --max-text"
+        )
+    if silent:
+        raise PromptError(
+            f"the prompt has no text after the image, but the variant {silent[0]!r} keeps the tokens that such text asks for: "
+            f"{_ask_others(able)}or write the question after the image"
+        )
+
+
+def _ask_others(able: Sequence[str]) -> str:
+    """How to leave out those variants that are not able to answer, if that can be done: ``full`` always answers."""
+    if FULL not in able:
+        return ""
+    return f"ask only those that take it ({' '.join(f'--variant {name}' for name in able if name != FULL) or f'--variant {FULL}'}), "
 
 
 def _read_line(where: str, line: str) -> tuple[str, str, tuple[str, ...]]:
@@ -103,7 +141,10 @@ def _read_line(where: str, line: str) -> tuple[str, str, tuple[str, ...]]:
     given = entry.get("answer")
     answers = [] if given is None else given if isinstance(given, list) else [given]
     if given is not None and (not answers or not all(isinstance(answer, str) and normalise(answer) for answer in answers)):
-        raise InputError(f"{where}: answer must be a text or a list of texts, none of them empty; leave it out where there is none")
+        raise InputError(
+            f"{where}: answer must be a text or a list of texts, none of them empty, but it is {json.dumps(given)[:80]}: write it like "
+            '"answer": "3", and leave it out where there is none'
+        )
     try:
         "".join([image, prompt, *answers]).encode()
     except UnicodeEncodeError as error:  # JSON can write half of a character that needs two

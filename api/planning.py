@@ -98,7 +98,7 @@ def make_plan(geometry: Geometry, cuts: Sequence[Cut], *, positions: Positions =
     for cut in cuts:
         try:
             options = _read_options(cut)
-            selector, schedule = registry.make(cut.selector, options), registry.SELECTORS[cut.selector].schedule
+            selector, schedule = registry.make(cut.selector, options), registry.find_schedule(cut.selector, options)
             for layer, requested in _place(cut, schedule, geometry):
                 keep = selector.resolve_keep(requested, geometry)
                 stages.append(Stage(selector=cut.selector, layer=layer, keep=keep, requested=requested, options=options))
@@ -115,16 +115,23 @@ def make_plan(geometry: Geometry, cuts: Sequence[Cut], *, positions: Positions =
     return Plan(stages=tuple(stages), positions=positions if positions != "auto" else (policies or {"keep"}).pop())
 
 
+def choose_layer(schedule: Schedule, geometry: Geometry) -> int:
+    """Where a single cut is made by default: before the paper's layer, scaled, or a seventh of the depth where it cuts several times."""
+    from sievert.graph_passes.selectors.schedule import SEVENTH, scale_layers
+
+    once = SEVENTH if schedule.shares else schedule
+    # One or two layers are too few to scale to, but a cut before the last one can be made.
+    if geometry.depth < 3 and once.layers != (0,):
+        return geometry.depth - 1
+    return scale_layers(once.layers, once.depth, geometry.depth)[0]
+
+
 def _place(cut: Cut, schedule: Schedule, geometry: Geometry) -> list[tuple[int, str]]:
     """Layer and keep of every cut that is meant."""
     from sievert.graph_passes.selectors.schedule import scale_layers
 
-    if cut.layer != "auto" and (cut.keep != "auto" or not schedule.shares):
-        return [(cut.layer, DEFAULT_KEEP if cut.keep == "auto" else cut.keep.strip())]
-    if not schedule.shares:
-        # One or two layers are too few to scale to, but a cut before the last one can be made.
-        few = geometry.depth < 3 and schedule.layers != (0,)
-        layer = geometry.depth - 1 if few else scale_layers(schedule.layers, schedule.depth, geometry.depth)[0]
+    if not schedule.shares or (cut.layer != "auto" and cut.keep != "auto"):
+        layer = choose_layer(schedule, geometry) if cut.layer == "auto" else cut.layer
         return [(layer, DEFAULT_KEEP if cut.keep == "auto" else cut.keep.strip())]
     if cut.layer != "auto" or cut.keep != "auto":
         given = "keep" if cut.layer == "auto" else "layer"
@@ -227,6 +234,8 @@ def _read(selector: str, key: str, value: Option, default: Option) -> Option:
     try:
         if isinstance(default, bool):
             return {"true": True, "false": False}[value.lower()]
+        if "_" in value:  # Python reads 1_00 as 100
+            raise ValueError(value)
         return type(default)(value)
     except (KeyError, ValueError):
         expected = {bool: "true or false", int: "a whole number", float: "a number"}[type(default)]
