@@ -118,10 +118,10 @@ def _draw(
 ) -> list[Arm]:
     """An arm, or one for each seed; ``plan`` says the positions, ``cuts`` are ``(layer, keep)``."""
     arms = []
-    for seed in range(method.seeds):
-        chosen = {**options, "seed": seed} if method.seeds > 1 else options
+    for seed in range(method.seeds if draws else 1):
+        chosen = {**options, "seed": seed} if seed else options
         stages = tuple(make_stage(method.selector, chosen, layer, each, model) for layer, each in cuts)
-        name = f"{group}-s{seed}" if method.seeds > 1 else group
+        name = f"{group}-s{seed}" if seed else group
         arms.append(Arm(name, group, method.name, keep, plan.model_copy(update={"stages": stages})))
     return arms
 
@@ -132,7 +132,7 @@ def keep_arms(model: Geometry, tuned: Mapping[str, Options]) -> list[Arm]:
     for number, method in enumerate(METHODS):
         for place, keep in enumerate((*KEEPS, FEWEST) if method.few else KEEPS):
             cuts = [(method.layer(model.depth), keep)]
-            arms += _draw(f"k{number}-{place}", method, tuned[method.name], keep, cuts, Plan(), model)
+            arms += _draw(f"k{number}-{place}", method, tuned[method.name], keep, cuts, Plan(), model, draws=True)
     return arms
 
 
