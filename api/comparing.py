@@ -14,7 +14,7 @@ from sievert.bundle.plan import Plan
 from sievert.bundle.store import Bundle
 from sievert.engines.run.dtypes import Array
 from sievert.engines.run.pipeline import Features
-from sievert.engines.run.prompt import PromptBatch, Prompter
+from sievert.engines.run.prompt import Pictures, PromptBatch, Prompter
 from sievert.engines.run.sampling import Sampling
 from sievert.planning import FULL, Cut, make_plan
 from sievert.progress import Progress, Size, silent
@@ -44,14 +44,14 @@ class Comparison:
     answer: str
     visual_tokens: int
     grid: tuple[int, int]
-    picture: Image.Image
+    pictures: tuple[Image.Image, ...]
     compared: tuple[Compared, ...]
     refused: Mapping[str, str]
 
 
 def compare_selectors(
     bundle: str | Path,
-    image: str | Path | Image.Image,
+    image: Pictures,
     prompt: str,
     *,
     selectors: Sequence[str] = (),
@@ -64,7 +64,7 @@ def compare_selectors(
     """Ask one question of the unpruned model and of one variant for each of ``selectors`` (all, if none is named), greedily.
 
     The variants are made in memory and run in ONNX Runtime; the bundle stays as it is. ``keep`` and ``layer`` mean what they mean in
-    :class:`Cut`. Lengths are those of the variant ``full``, for one prompt at a time.
+    :class:`Cut`. Lengths are those of the variant ``full``, for one prompt at a time; ``image`` is a list where ``full`` takes several.
 
     Raises:
         PlanError: a selector that does not exist, or none that can be tried; the message says why.
@@ -86,7 +86,7 @@ def compare_selectors(
     prompter = Prompter(opened.path, geometry, profile)
     limit = choose_limit(opened, [FULL], max_new_tokens)
     asked = _Asked(prompter, prompter.prepare([image], [prompt], template=template), prompt, limit)
-    plans, refused = _make_plans(opened, names, keep, layer)
+    plans, refused = _make_plans(opened, names, keep, layer, profile.images)
     dynamic = load_dynamic(opened)
 
     def try_plan(name: str, plan: Plan) -> Answer:
@@ -109,15 +109,15 @@ def compare_selectors(
     return Comparison(
         prompt=prompt,
         answer=unpruned.text.strip(),
-        visual_tokens=geometry.visual_tokens,
+        visual_tokens=profile.visual_tokens,
         grid=geometry.grid,
-        picture=show_pixels(opened.path, asked.batch.pixel_values[0]),
+        pictures=show_pixels(opened.path, asked.batch.pixel_values[0]),
         compared=tuple(compared),
         refused=refused,
     )
 
 
-def _make_plans(bundle: Bundle, names: Sequence[str], keep: str, layer: Size) -> tuple[dict[str, Plan], dict[str, str]]:
+def _make_plans(bundle: Bundle, names: Sequence[str], keep: str, layer: Size, images: int) -> tuple[dict[str, Plan], dict[str, str]]:
     """A plan for each selector that can make one, and why the others cannot.
 
     Raises:
@@ -127,7 +127,7 @@ def _make_plans(bundle: Bundle, names: Sequence[str], keep: str, layer: Size) ->
     refused: dict[str, str] = {}
     for name in names:
         try:
-            plans[name] = make_plan(bundle.manifest.geometry, [Cut(keep=keep, layer=layer, selector=name)])
+            plans[name] = make_plan(bundle.manifest.geometry, [Cut(keep=keep, layer=layer, selector=name)], images=images)
         except PlanError as error:
             refused[name] = str(error)
     if not plans:

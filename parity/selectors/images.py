@@ -37,10 +37,13 @@ class _Part:
 
     def spread(self, scores: Scores, total: int) -> Scores:
         """Scores of ``total`` tokens of which the other pictures' can never be taken."""
-        wide = [np.full(total, -np.inf) for _ in range(3)]
-        for values, own in zip(wide, (scores.values, scores.low, scores.high), strict=True):
-            values[self.places] = own
-        return Scores(*wide, scores.condition, scores.doubtful)
+
+        def widen(own: Array) -> Array:
+            wide = np.full(total, -np.inf)
+            wide[self.places] = own
+            return wide
+
+        return replace(scores, values=widen(scores.values), low=widen(scores.low), high=widen(scores.high))
 
 
 @dataclass(frozen=True)
@@ -81,8 +84,13 @@ class ByImage(ReferenceSelector):
     def bounds(self, inputs: TokenInputs, keep: int, margin: Margin) -> Scores:
         """Of the first step of every picture."""
         each = [self.selector.bounds(part.inputs, part.keep, margin) for part in self._parts(inputs, keep)]
-        joined = [np.concatenate(arrays) for arrays in zip(*((one.values, one.low, one.high) for one in each), strict=True)]
-        return Scores(*joined, max(one.condition for one in each), any(one.doubtful for one in each))
+        return Scores(
+            values=np.concatenate([one.values for one in each]),
+            low=np.concatenate([one.low for one in each]),
+            high=np.concatenate([one.high for one in each]),
+            condition=max(one.condition for one in each),
+            doubtful=any(one.doubtful for one in each),
+        )
 
     def carry(self, inputs: TokenInputs) -> Mapping[str, Array]:
         """What each picture's selection leaves, for the same picture."""

@@ -99,6 +99,6 @@ def test_graphs_in_memory_are_for_runtimes_that_read_onnx(shared: Path):
 
 def test_tiles_are_dimmed_where_patches_were_dropped():
     white = Image.new("RGB", (32, 32), "white")
-    drawn = np.asarray(draw_tiles(white, (2, 2), ASK, [Tile("all", "x", None), Tile("one", "y", frozenset({3}))]))
+    drawn = np.asarray(draw_tiles([white], (2, 2), ASK, [Tile("all", "x", None), Tile("one", "y", frozenset({3}))]))
     bright = (drawn == 255).all(axis=2)
     assert 448 * 448 < bright.sum() < 448 * 448 * 1.26

@@ -56,7 +56,7 @@ def make_prompts(exported: Exported, images: int, batch: int = 2, seed: int = 0)
 def images_of(ids: Array, rows: Array, each: int) -> list[int]:
     """How many of ``rows`` belong to each image of a prompt."""
     visual = np.flatnonzero(ids == IMAGE)
-    return np.bincount(np.searchsorted(visual, rows) // each, minlength=len(visual) // each).tolist()
+    return [int(count) for count in np.bincount(np.searchsorted(visual, rows) // each, minlength=len(visual) // each)]
 
 
 def stages_of(selector: str, cuts: list[tuple[int, int]], options: Mapping[str, Option] = {}) -> Plan:
