@@ -14,7 +14,7 @@ from sievert.bundle.plan import Plan
 from sievert.bundle.store import Bundle
 from sievert.engines.run.dtypes import Array
 from sievert.engines.run.pipeline import Features
-from sievert.engines.run.prompt import PromptBatch, Prompter
+from sievert.engines.run.prompt import Pictures, PromptBatch, Prompter
 from sievert.engines.run.sampling import Sampling
 from sievert.planning import FULL, Cut, choose_layer, make_plan
 from sievert.progress import Progress, Size, silent
@@ -44,14 +44,14 @@ class Comparison:
     answer: str
     visual_tokens: int
     grid: tuple[int, int]
-    picture: Image.Image
+    pictures: tuple[Image.Image, ...]
     compared: tuple[Compared, ...]
     refused: Mapping[str, str]
 
 
 def compare_selectors(
     bundle: str | Path,
-    image: str | Path | Image.Image,
+    image: Pictures,
     prompt: str,
     *,
     selectors: Sequence[str] = (),
@@ -66,7 +66,7 @@ def compare_selectors(
     The variants are made in memory and run in ONNX Runtime; the bundle stays as it is. ``keep`` and ``layer`` mean what they mean in
     :class:`Cut`, except that ``keep`` alone is one cut for every selector, so that all have one budget: those whose papers cut several
     times make it a seventh of the depth down. A selector that cannot be tried is listed with the reason. Lengths are those of the
-    variant ``full``, for one prompt at a time.
+    variant ``full``, for one prompt at a time; ``image`` is a list where ``full`` takes several.
 
     Raises:
         PlanError: a selector that does not exist, or none that can be tried; the message says why.
@@ -88,7 +88,7 @@ def compare_selectors(
     prompter = Prompter(opened.path, geometry, profile)
     limit = choose_limit(opened, [FULL], max_new_tokens)
     asked = _Asked(prompter, prompter.prepare([image], [prompt], template=template), prompt, limit)
-    plans, refused = _make_plans(opened, names, keep, layer)
+    plans, refused = _make_plans(opened, names, keep, layer, profile.images)
     dynamic = load_dynamic(opened)
 
     def try_plan(name: str, plan: Plan) -> Answer:
@@ -111,15 +111,15 @@ def compare_selectors(
     return Comparison(
         prompt=prompt,
         answer=unpruned.text.strip(),
-        visual_tokens=geometry.visual_tokens,
+        visual_tokens=profile.visual_tokens,
         grid=geometry.grid,
-        picture=show_pixels(opened.path, asked.batch.pixel_values[0]),
+        pictures=show_pixels(opened.path, asked.batch.pixel_values[0]),
         compared=tuple(compared),
         refused=refused,
     )
 
 
-def _make_plans(bundle: Bundle, names: Sequence[str], keep: str, layer: Size) -> tuple[dict[str, Plan], dict[str, str]]:
+def _make_plans(bundle: Bundle, names: Sequence[str], keep: str, layer: Size, images: int) -> tuple[dict[str, Plan], dict[str, str]]:
     """A plan for each selector that can make one, and why the others cannot.
 
     Raises:
@@ -134,7 +134,7 @@ def _make_plans(bundle: Bundle, names: Sequence[str], keep: str, layer: Size) ->
         schedule = find_schedule(name, {})
         once = choose_layer(schedule, geometry) if layer == "auto" and keep != "auto" and schedule.shares else layer
         try:
-            plans[name] = make_plan(geometry, [Cut(keep=keep, layer=once, selector=name)])
+            plans[name] = make_plan(geometry, [Cut(keep=keep, layer=once, selector=name)], images=images)
         except PlanError as error:
             refused[name] = str(error)
     if not plans:

@@ -16,18 +16,20 @@ from sievert.eval_journal import Asked
 from sievert.planning import FULL
 
 LINE: Final = '{"image": "photo.png", "prompt": "what is this?", "answer": "a cat"}'
+"""One with several images has ``"images": ["one.png", "two.png"]`` in the place of ``"image"``."""
 _ENDS: Final = ".,;:!?…。！？，；：、"
 
 
 @dataclass(frozen=True)
 class Question:
-    """One line. ``answers`` are all that count as right, none where the line gives none; ``image_name`` is how the line names the image.
+    """One line. ``answers`` are all that count as right, none where the line gives none; ``image_name`` is how the line names the image;
+    several stand one after the other, as JSON.
 
     ``asked`` is what the model is given: lines that differ in nothing else are one question to it.
     """
 
     line: int
-    image: Path
+    images: tuple[Path, ...]
     image_name: str
     prompt: str
     answers: tuple[str, ...]
@@ -49,7 +51,7 @@ def normalise(text: str) -> str:
 
 
 def read_questions(path: Path, *, limit: int = 0) -> Questions:
-    """The first ``limit`` questions of a file (0: all). Images are paths relative to the file, or absolute ones.
+    """The first ``limit`` questions of a file (0: all). Their images are paths relative to the file, or absolute ones.
 
     Raises:
         InputError: no such file, a line that is not like :data:`LINE`, or no lines at all; the message names the line.
@@ -67,11 +69,14 @@ def read_questions(path: Path, *, limit: int = 0) -> Questions:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        image, prompt, answers = _read_line(f"{path}, line {number}", line)
-        place = path.parent / image
-        if place not in hashes:
-            hashes[place] = _hash_image(f"{path}, line {number}", place)
-        questions.append(Question(number, place, image, prompt, answers, Asked(hashes[place], prompt)))
+        images, prompt, answers = _read_line(f"{path}, line {number}", line)
+        places = tuple(path.parent / image for image in images)
+        for place in places:
+            if place not in hashes:
+                hashes[place] = _hash_image(f"{path}, line {number}", place)
+        name = images[0] if len(images) == 1 else json.dumps(images, ensure_ascii=False)
+        asked = Asked(_join_hashes([hashes[place] for place in places]), prompt)
+        questions.append(Question(number, places, name, prompt, answers, asked))
         if len(questions) == limit:
             break
     if not questions:
@@ -92,7 +97,7 @@ def check_questions(questions: Questions, bundle: Bundle, variants: Sequence[str
     for number, question in enumerate(questions.questions):
         tell(number)
         try:
-            batch = prompter.prepare([question.image], [question.prompt], template=template)
+            batch = prompter.prepare([question.images], [question.prompt], template=template)
             words = batch.lengths[0] - geometry.visual_tokens
             _check_variants(bundle, variants, words, asks=batch.without_question() is None)
         except (ImageError, PromptError) as error:
@@ -128,16 +133,29 @@ def _ask_others(able: Sequence[str]) -> str:
     return f"ask only those that take it ({' '.join(f'--variant {name}' for name in able if name != FULL) or f'--variant {FULL}'}), "
 
 
-def _read_line(where: str, line: str) -> tuple[str, str, tuple[str, ...]]:
+def read_entry(where: str, line: str, like: str) -> tuple[dict[str, Any], list[str], str]:
+    """A line's object, the images it names (``image``, or ``images`` in their order) and its prompt.
+
+    Raises:
+        InputError: not such an object; the message says ``where``, and what it should be ``like``.
+    """
     try:
         entry: Any = json.loads(line)
-        image, prompt = entry["image"], entry["prompt"]
+        prompt, images = entry["prompt"], entry["images"] if "images" in entry else [entry["image"]]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{where}: {line[:80]!r} is not like {LINE}") from error
-    if not isinstance(image, str) or not isinstance(prompt, str):
-        raise InputError(f"{where}: image and prompt must be texts")
-    if "://" in image:
-        raise ImageError(f"{where}: image {image!r} is an address: download it and give the file's path")
+        raise InputError(f"{where}: {line[:80]!r} is not like {like}") from error
+    if "image" in entry and "images" in entry:
+        raise InputError(f"{where}: it has both image and images: give one of them")
+    if not isinstance(images, list) or not images or not all(isinstance(each, str) for each in (*images, prompt)):
+        raise InputError(f"{where}: image and prompt must be texts, images a list of texts")
+    return entry, images, prompt
+
+
+def _read_line(where: str, line: str) -> tuple[list[str], str, tuple[str, ...]]:
+    entry, images, prompt = read_entry(where, line, LINE)
+    for image in images:
+        if "://" in image:
+            raise ImageError(f"{where}: image {image!r} is an address: download it and give the file's path")
     given = entry.get("answer")
     answers = [] if given is None else given if isinstance(given, list) else [given]
     if given is not None and (not answers or not all(isinstance(answer, str) and normalise(answer) for answer in answers)):
@@ -146,10 +164,14 @@ def _read_line(where: str, line: str) -> tuple[str, str, tuple[str, ...]]:
             '"answer": "3", and leave it out where there is none'
         )
     try:
-        "".join([image, prompt, *answers]).encode()
+        "".join([*images, prompt, *answers]).encode()
     except UnicodeEncodeError as error:  # JSON can write half of a character that needs two
         raise InputError(f"{where}: {error.object[error.start : error.end]!r} is no character") from error
-    return image, prompt, tuple(answers)
+    return images, prompt, tuple(answers)
+
+
+def _join_hashes(hashes: Sequence[str]) -> str:
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256(" ".join(hashes).encode()).hexdigest()
 
 
 def _hash_image(where: str, path: Path) -> str:

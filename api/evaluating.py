@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sievert.bundle.errors import EngineUnavailableError, InputError
+from sievert.bundle.errors import EngineUnavailableError, InputError, ProfileError
 from sievert.bundle.files import locked
 from sievert.bundle.names import LOCK
 from sievert.bundle.plan import Plan
@@ -75,16 +75,16 @@ def evaluate(
     progress: Progress = silent,
     on_count: OnCount = lambda _, __: None,
 ) -> Evaluation:
-    """Let ``full`` and each of ``variants`` (all others, if none is named) answer every question of ``data``, greedily.
+    """Let ``full`` and each of ``variants`` (all others of as many images, if none is named) answer every question of ``data``, greedily.
 
-    ``data`` has a line ``{"image": ..., "prompt": ..., "answer": ...}`` per question, image paths relative to it; ``answer`` is a text or
-    a list of accepted ones, and may be missing. ``samples`` takes only the first lines. ``max_new_tokens`` ``auto`` is what all these
-    variants have room for. Answers are kept in the folder ``out`` (``BUNDLE-eval`` beside the bundle), each with all that it depends on:
-    a call asks only what is not answered there, and scores by the data as it is now.
+    ``data`` has a line ``{"image": ..., "prompt": ..., "answer": ...}`` per question (``"images": [...]`` for several), image paths
+    relative to it; ``answer`` is a text or a list of accepted ones, and may be missing. ``samples`` takes only the first lines.
+    ``max_new_tokens`` ``auto`` is what all these variants have room for. Answers are kept in the folder ``out`` (``BUNDLE-eval`` beside
+    the bundle), each with all that it depends on: a call asks only what is not answered there, and scores by the data as it is now.
 
     Raises:
         InputError, ImageError, PromptError: data that cannot be used, with its line; an ``out`` that holds something else.
-        ProfileError: ``max_new_tokens`` is more than a variant has room for.
+        ProfileError: ``max_new_tokens`` is more than a variant has room for, or a variant takes another number of images than ``full``.
         VariantError: no such variant, no ``full``, or it has no such engine.
         EngineUnavailableError: the engine cannot run on this machine.
         BundleError: the bundle is not what its manifest says, or another process writes to ``out``.
@@ -97,7 +97,7 @@ def evaluate(
     questions = read_questions(Path(data), limit=0 if samples == "auto" else samples)
     progress("checking the bundle")
     opened = Bundle.open(bundle)
-    names = tuple(dict.fromkeys([FULL, *(variants or sorted(opened.manifest.variants))]))
+    names = choose_variants(opened, variants)
     made = {name: identify(opened, name, engine) for name in names}
     work = _Work(opened, engine, made, questions, template, choose_limit(opened, names, max_new_tokens))
     place = check_place(opened, Path(out) if str(out) else opened.path.with_name(f"{opened.path.name}-eval"))
@@ -113,9 +113,26 @@ def evaluate(
         said = {name: journal.said(made[name]) for name in names}
         scores = tuple(score_variant(name, questions.questions, said[name], None if name == FULL else said[FULL]) for name in names)
         plans = {name: opened.variant(name).plan for name in names}
-        found = Evaluation(opened.path, place, engine, work.limit, count, opened.manifest.geometry.visual_tokens, plans, scores)
+        found = Evaluation(opened.path, place, engine, work.limit, count, opened.variant(FULL).profile.visual_tokens, plans, scores)
         write_report(place, describe(found, {"data": questions.sha256, **settings}), questions.questions, said)
     return found
+
+
+def choose_variants(bundle: Bundle, asked: Sequence[str]) -> tuple[str, ...]:
+    """``full`` and ``asked``, or all that take as many images per prompt as ``full`` does.
+
+    Raises:
+        VariantError: one of them does not exist.
+        ProfileError: one that was asked for takes another number of images, so that no question fits both.
+    """
+    images = bundle.variant(FULL).profile.images
+    counts = {name: bundle.variant(name).profile.images for name in dict.fromkeys(asked or sorted(bundle.manifest.variants))}
+    if asked and (other := [name for name, count in counts.items() if count != images]):
+        raise ProfileError(
+            f"{other[0]!r} takes {counts[other[0]]} images per prompt and {FULL!r} takes {images}, so no question fits both: make a bundle "
+            f"of its own with `sievert export --images {counts[other[0]]}`"
+        )
+    return tuple(dict.fromkeys([FULL, *(name for name, count in counts.items() if count == images)]))
 
 
 def identify(bundle: Bundle, variant: str, engine: str) -> str:
@@ -181,7 +198,7 @@ def _answer_batch(
     work: _Work, prompter: Prompter, asked: Sequence[Question], pipelines: Mapping[str, Pipeline], journal: Journal
 ) -> Iterator[int]:
     """Ask one batch of every variant that has not answered all of it, and count; those with the same vision encoder share its features."""
-    batch = prompter.prepare([question.image for question in asked], [question.prompt for question in asked], template=work.template)
+    batch = prompter.prepare([question.images for question in asked], [question.prompt for question in asked], template=work.template)
     features: dict[str, Features] = {}
     for name, pipeline in pipelines.items():
         made = work.made[name]

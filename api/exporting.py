@@ -45,6 +45,7 @@ def export(
     max_new_tokens: int = 128,
     batch: int = 1,
     decode_batch: Size = "auto",
+    images: int = 1,
     engines: Sequence[str] = ("onnxruntime",),
     force: bool = False,
     progress: Progress = silent,
@@ -52,7 +53,7 @@ def export(
     """Export ``model`` (a folder or a hub id) to a new bundle at ``out``: by default ``NAME-bundle`` in the current folder.
 
     The variant ``full`` is always made; ``cuts``, or in their place a ``plan`` or the YAML file of one, make a pruned one beside it, none
-    at all if empty. Then the engines are built.
+    at all if empty. Then the engines are built. ``images`` is how many each prompt has.
     What was asked for is checked against the model's configuration before its weights are read. ``force`` replaces a bundle.
 
     Raises:
@@ -70,8 +71,10 @@ def export(
     require_builders(engines)
     check_place(target.expanduser().resolve(), force=force)
     geometry = read_geometry(model, progress=progress)
-    profile = make_profile(geometry, batch=batch, decode_batch=decode_batch, max_text=max_text, max_new_tokens=max_new_tokens)
-    plans = name_plans(geometry, cuts, positions=positions, name=name)
+    profile = make_profile(
+        geometry, batch=batch, decode_batch=decode_batch, images=images, max_text=max_text, max_new_tokens=max_new_tokens
+    )
+    plans = name_plans(geometry, cuts, positions=positions, name=name, images=images)
     progress("tracing the model")
     exported = export_model(model, dtype=dtype)
     progress("writing the weights")
@@ -126,7 +129,7 @@ def _growing(folder: Path, what: str, progress: Progress) -> Iterator[None]:
         watcher.join()
 
 
-def name_plans(geometry: Geometry, cuts: Sequence[Cut], *, positions: Positions, name: str) -> dict[str, Plan]:
+def name_plans(geometry: Geometry, cuts: Sequence[Cut], *, positions: Positions, name: str, images: int) -> dict[str, Plan]:
     """The plans of an export's variants by name, ``full`` first.
 
     Raises:
@@ -135,7 +138,7 @@ def name_plans(geometry: Geometry, cuts: Sequence[Cut], *, positions: Positions,
     """
     plans = {FULL: Plan()}
     if cuts:
-        plan = make_plan(geometry, cuts, positions=positions)
+        plan = make_plan(geometry, cuts, positions=positions, images=images)
         check_name(chosen := name or name_variant(plan), plan)
         plans[chosen] = plan
     return plans

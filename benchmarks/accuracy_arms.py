@@ -14,7 +14,8 @@ from sievert.bundle.specs import Geometry
 from sievert.graph_passes.decoder import find_decoder
 from sievert.graph_passes.finish import FixShapes
 from sievert.graph_passes.flops import count_flops
-from sievert.graph_passes.prefill import Cutting, build_prefill
+from sievert.graph_passes.groups import make_cuttings
+from sievert.graph_passes.prefill import build_prefill
 from sievert.graph_passes.selectors import registry
 from sievert.graph_passes.selectors.registry import find_schedule
 from sievert.graph_passes.selectors.schedule import EMBEDDINGS, scale_layers
@@ -114,9 +115,17 @@ def make_stage(selector: str, options: Options, layer: int, keep: str, geometry:
 
 
 def _draw(
-    group: str, method: Method, options: Options, keep: str, cuts: Sequence[tuple[int, str]], plan: Plan, model: Geometry
+    group: str,
+    method: Method,
+    options: Options,
+    keep: str,
+    cuts: Sequence[tuple[int, str]],
+    plan: Plan,
+    model: Geometry,
+    *,
+    draws: bool = False,
 ) -> list[Arm]:
-    """An arm, or one for each seed; ``plan`` says the positions, ``cuts`` are ``(layer, keep)``."""
+    """An arm, or with ``draws`` one for each seed; ``plan`` says the positions, ``cuts`` are ``(layer, keep)``."""
     arms = []
     for seed in range(method.seeds if draws else 1):
         chosen = {**options, "seed": seed} if seed else options
@@ -173,8 +182,8 @@ class Budget:
         key = tuple(cuts)
         if key not in self._counted:
             stages = tuple(Stage(selector="uniform", layer=layer, keep=keep, requested=str(keep)) for layer, keep in cuts)
-            cuttings = [Cutting(registry.make("uniform", {}), layer, keep) for layer, keep in cuts]
-            graph = build_prefill(self._decoder, self._profile, Plan(stages=stages), cuttings, self._model.grid)
+            plan = Plan(stages=stages)
+            graph = build_prefill(self._decoder, self._profile, plan, make_cuttings(plan, self._profile, self._model), self._model.grid)
             self._counted[key] = count_flops(FixShapes()(graph).model)
         return self._counted[key]
 

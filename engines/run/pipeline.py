@@ -32,7 +32,7 @@ _REMEMBERED = 16  # pictures whose features are kept; a few MB each at most
 
 @dataclass(frozen=True)
 class Features:
-    """What the vision encoder says about B pictures: its outputs by name, each ``[B, ...]``."""
+    """What the vision encoder says about the pictures of B prompts: its outputs by name, each ``[B, ...]``."""
 
     values: Mapping[str, Array]
 
@@ -118,7 +118,8 @@ class Pipeline:
         self._prefill_caches = self._decode_caches = []
 
     def encode(self, pixel_values: Array) -> Features:
-        """Features of ``pixel_values[B, C, H, W]``. A picture seen before, in any row, is remembered by its content.
+        """Features of ``pixel_values[B, C, H, W]``, or ``[B, M, C, H, W]``. A row's pictures seen before, in any row, are remembered by
+        their content.
 
         Raises:
             ProfileError: another shape than the graph takes.

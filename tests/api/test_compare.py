@@ -100,10 +100,12 @@ def test_show_kept_draws_every_stage_of_any_selector(bundle: Path, picture: Path
         (("--prompt", "w1 " * 40), "this variant takes 24"),
         (("--max-new-tokens", 9), ("max_new_tokens=9", "1..8")),
         (("--image", "missing.png"), "does not exist"),
+        (("--image", "one.png", "--image", "two.png"), "2 images for a prompt, but this variant takes 1 per prompt"),
     ],
 )
 def test_compare_refuses_what_it_cannot_try(shared: Path, picture: Path, tmp_path: Path, options: tuple[object, ...], says: str):
-    given = ["--image", picture, "--prompt", ASK, "--out", tmp_path / "compare.png", *options]
+    image = () if "--image" in options else ("--image", picture)
+    given = [*image, "--prompt", ASK, "--out", tmp_path / "compare.png", *options]
     refused("compare-selectors", shared, *given, says=says, keeps=shared)
     assert list(tmp_path.iterdir()) == []
 
@@ -117,6 +119,6 @@ def test_graphs_in_memory_are_for_runtimes_that_read_onnx(shared: Path):
 
 def test_tiles_are_dimmed_where_patches_were_dropped():
     white = Image.new("RGB", (32, 32), "white")
-    drawn = np.asarray(draw_tiles(white, (2, 2), ASK, [Tile("all", "x", None), Tile("one", "y", frozenset({3}))]))
+    drawn = np.asarray(draw_tiles([white], (2, 2), ASK, [Tile("all", "x", None), Tile("one", "y", frozenset({3}))]))
     bright = (drawn == 255).all(axis=2)
     assert 448 * 448 < bright.sum() < 448 * 448 * 1.26
