@@ -98,7 +98,7 @@ def check_questions(questions: Questions, bundle: Bundle, variants: Sequence[str
         tell(number)
         try:
             batch = prompter.prepare([question.images], [question.prompt], template=template)
-            words = batch.lengths[0] - geometry.visual_tokens
+            words = batch.lengths[0] - roomy.visual_tokens
             _check_variants(bundle, variants, words, asks=batch.without_question() is None)
         except (ImageError, PromptError) as error:
             raise type(error)(f"{questions.path}, line {question.line}: {error}") from error
