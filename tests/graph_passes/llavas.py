@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from sievert.bundle.plan import Plan, PositionPolicy, Stage
 from sievert.bundle.profile import Profile
 from sievert.exporter.export import Exported
+from sievert.graph_passes.expose import expose
 from sievert.graph_passes.variant import make_variant
 from sievert.parity.reference import Reference, ReferenceInputs
 
@@ -32,8 +34,9 @@ class Prompts:
 class Static:
     """A variant in memory, run in ONNX Runtime."""
 
-    def __init__(self, exported: Exported, plan: Plan, profile: Profile) -> None:
+    def __init__(self, exported: Exported, plan: Plan, profile: Profile, *, exposed: Sequence[str] = ()) -> None:
         graphs = make_variant(exported.graphs, exported.geometry, plan, profile)
+        graphs["prefill"] = expose(graphs["prefill"], exposed)
         options = ort.SessionOptions()
         options.log_severity_level = 3
         self.sessions = {name: ort.InferenceSession(ir.to_proto(model).SerializeToString(), options) for name, model in graphs.items()}
@@ -85,10 +88,15 @@ def assert_close(found: Array, expected: Array, what: str) -> None:
     assert worst <= limit, f"{what}: off by {worst:.3g}, allowed {limit:.3g}"
 
 
-def compare(exported: Exported, reference: Reference, plan: Plan, profile: Profile, prompts: Prompts) -> dict[str, Array]:
-    """Run the variant and the reference on the engine's own kept tokens; every row's logits and caches agree. Gives prefill's outputs."""
+def compare(
+    exported: Exported, reference: Reference, plan: Plan, profile: Profile, prompts: Prompts, *, exposed: Sequence[str] = ()
+) -> dict[str, Array]:
+    """Run the variant and the reference on the engine's own kept tokens; every row's logits and caches agree.
+
+    Gives prefill's outputs, with the ``exposed`` values of its stages.
+    """
     tokens = np.random.default_rng(1).integers(5, 60, (profile.batch, STEPS))
-    first, logits = Static(exported, plan, profile).answer(prompts, tokens)
+    first, logits = Static(exported, plan, profile, exposed=exposed).answer(prompts, tokens)
     for row, ids in enumerate(prompts.ids):
         kept = [first[f"kept_index.{stage}"][row] for stage in range(len(plan.stages))]
         for stage, rows in zip(plan.stages, kept, strict=True):

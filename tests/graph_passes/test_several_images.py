@@ -110,13 +110,17 @@ def test_every_selector_ranks_every_image_by_itself(model: Model, selector: str,
     each, keeps = exported.geometry.visual_tokens, (8 * images + 1, 3 * images - 1)
     plan = stages_of(selector, list(zip((1, 3), keeps, strict=True)), options)
     prompts, profile = make_prompts(exported, images), profile_of(exported, images)
-    first = compare(exported, reference, plan, profile, prompts)
+    shown = [f"stage.{stage}.{what}" for stage in range(2) for what in ("scores", "order")] if selector != "random" else []  # constants
+    first = compare(exported, reference, plan, profile, prompts, exposed=shown)
     for row, ids in enumerate(prompts.ids):
         kept = [first[f"kept_index.{stage}"][row] for stage in range(2)]
         assert [images_of(ids, rows, each) for rows in kept] == [[9, *[8] * (images - 1)], [*[3] * (images - 1), 2]]
-        _, _, traces = reference.prefill(ReferenceInputs(ids, prompts.pixels[row]), plan, kept)
-        for rows, trace in zip(kept, traces, strict=True):
+        _, arrays, traces = reference.prefill(ReferenceInputs(ids, prompts.pixels[row]), plan, kept)
+        for stage, (rows, trace) in enumerate(zip(kept, traces, strict=True)):
             np.testing.assert_array_equal(rows, trace.own_kept)
+            if shown:
+                np.testing.assert_array_equal(first[f"stage.{stage}.order"][row], trace.choice.order)
+                np.testing.assert_allclose(first[f"stage.{stage}.scores"][row], arrays[f"stage.{stage}.scores"], rtol=1e-3, atol=2e-6)
 
 
 @pytest.mark.parametrize("options", [{"strategy": "row"}, {"queries": "class_token"}])
