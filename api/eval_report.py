@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from sievert.calibration.questions import Question
 from sievert.eval_journal import Said
-from sievert.eval_questions import Question
 from sievert.eval_score import INTERVALS, agrees, is_right
 from sievert.planning import FULL
 
