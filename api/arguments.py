@@ -32,6 +32,7 @@ class PositionName(StrEnum):
 
 
 _CUT, _SIZE, _SAMPLES, _CHOICE = "What to drop", "Sizes the graphs are made for", "What to compare", "How to answer"
+_DATA = "What goes through the graphs"
 _AS_FULL = "Default: as full."
 
 BundlePath = Annotated[Path, Argument(metavar="BUNDLE", help="The bundle's folder.", show_default=False)]
@@ -180,20 +181,20 @@ CalibrationData = Annotated[
         metavar="FILE|DIR",
         help='Lines {"image": "photo.png", "prompt": "what is this?"}, or a folder with such a .jsonl file.',
         show_default=False,
-        rich_help_panel=_SAMPLES,
+        rich_help_panel=_DATA,
     ),
 ]
 CalibrationSamples = Annotated[
-    int | None, Option("--samples", metavar="N", help="Only the first N lines. Default: 128 at most.", rich_help_panel=_SAMPLES)
+    int | None, Option("--samples", metavar="N", help="Only the first N lines. Default: 128 at most.", rich_help_panel=_DATA)
 ]
-RandomData = Annotated[bool, Option("--random", help="Made-up pictures and words in place of data.", rich_help_panel=_SAMPLES)]
+RandomData = Annotated[bool, Option("--random", help="Made-up pictures and words in place of data.", rich_help_panel=_DATA)]
 DecodeSteps = Annotated[
     str,
     Option(
         "--decode-steps",
         metavar="N|LIST",
         help="Tokens of the answer that decode's inputs are stored for: the first N of 1, 2, 4, 8..., or a list (1,5,20).",
-        rich_help_panel=_SAMPLES,
+        rich_help_panel=_DATA,
     ),
 ]
 CollectedVariant = Annotated[str, Option("--variant", metavar="NAME", help="Whose graphs.")]

@@ -95,7 +95,7 @@ def collect(
         if questions is not None:
             require_unchanged(questions)
 
-    return run_chain(opened, variant, place, material, engine=engine, steps=steps, finish=finish, on_count=on_count)
+    return run_chain(opened, variant, place, material, engine=engine, steps=steps, force=force, finish=finish, on_count=on_count)
 
 
 def load_collection(folder: str | Path, bundle: str | Path | Bundle, *, progress: Progress = silent) -> Collection:

@@ -94,21 +94,24 @@ def collect(
     *,
     engine: str = "onnxruntime",
     steps: Sequence[int] = (1,),
+    force: bool = False,
     finish: Callable[[], None] = lambda: None,
     on_count: OnCount = lambda _, __: None,
 ) -> Collection:
     """Write the inputs of every graph of ``variant``, for all samples of ``material``, to the folder ``place``.
 
-    Everything is written beside ``place``, which is replaced in one rename at the end: an interrupted call leaves nothing. ``finish`` is
-    called right before that. ``steps`` are tokens of the greedy answer; an answer that ends earlier has fewer.
+    Everything is written beside ``place``, which it becomes in one rename at the end: an interrupted call leaves nothing. ``finish`` is
+    called right before that, ``force`` replaces a collection that stands there. ``steps`` are tokens of the greedy answer; an answer that
+    ends earlier has fewer.
 
     Raises:
-        CalibrationError: too few samples, one that leads to NaN or infinity (named), no answer that reaches a step, or too little disk.
+        CalibrationError: too few samples, one that leads to NaN or infinity (named), no answer that reaches a step, too little disk, or a
+            ``place`` that is taken.
         EngineUnavailableError: the engine cannot run on this machine.
         BundleError: the bundle is not what its manifest says, or the folder cannot be written.
     """
     if len(material.samples) < LEAST:
-        raise CalibrationError(f"{len(material.samples)} sample calibrates nothing: give at least {LEAST}, better 100 or more")
+        raise CalibrationError(f"{len(material.samples)} sample calibrates nothing: give at least {LEAST}, better many")
     runtime = find_runtime(engine)
     if reason := runtime.unavailable():
         raise EngineUnavailableError(reason)
@@ -116,7 +119,7 @@ def collect(
     prompter = Prompter(bundle.path, bundle.manifest.geometry, profile)
     recorder = Recorder(runtime)
     tokens: list[list[int]] = [[] for _ in material.samples]
-    with Pipeline(bundle, variant, recorder) as pipeline, writing_beside(place) as folder:
+    with Pipeline(bundle, variant, recorder) as pipeline, writing_beside(place, force=force) as folder:
         chain = _Chain(pipeline, recorder.sessions, material, _Store(folder), tuple(steps), tokens)
         chain.require_room(place)
         for start in range(0, len(material.samples), profile.batch):

@@ -25,26 +25,32 @@ def choose_place(bundle: Bundle, out: str | Path, *, force: bool) -> Path:
     place = Path(out).expanduser().resolve() if str(out) else bundle.path.with_name(f"{bundle.path.name}-calibration")
     if place == bundle.path or bundle.path in place.parents:
         raise CalibrationError(f"{place} lies inside the bundle, which holds nothing but the bundle: choose another folder with --out")
-    if place.exists() and not place.is_dir():
-        raise CalibrationError(f"{place} is a file: choose a folder with --out")
-    if not place.exists() or not (held := {path.name for path in place.iterdir()} - {LOCK}):
-        return place
-    if NAME not in held:
-        raise CalibrationError(f"{place} holds other files and no calibration data: choose a folder that does not exist yet with --out")
-    if not force:
-        raise CalibrationError(f"{place} already holds calibration data: choose another folder with --out, or replace it with --force")
-    if foreign := sorted(name for name in held if name != NAME and not name.endswith(".safetensors")):
-        raise CalibrationError(f"{place} holds files that are not the collection's ({', '.join(foreign[:5])}): move them away and repeat")
+    _require_free(place, force=force)
     return place
 
 
+def _require_free(place: Path, *, force: bool) -> None:
+    """Nothing stands there, or a collection and nothing else, which ``force`` replaces. Raises as :func:`choose_place`."""
+    if place.exists() and not place.is_dir():
+        raise CalibrationError(f"{place} is a file: choose a folder with --out")
+    held = {path.name for path in place.iterdir()} - {LOCK} if place.exists() else set()
+    if held and NAME not in held:
+        raise CalibrationError(f"{place} holds other files and no calibration data: choose a folder that does not exist yet with --out")
+    if held and not force:
+        raise CalibrationError(f"{place} already holds calibration data: choose another folder with --out, or replace it with --force")
+    if foreign := sorted(name for name in held if name != NAME and not name.endswith(".safetensors")):
+        raise CalibrationError(f"{place} holds files that are not the collection's ({', '.join(foreign[:5])}): move them away and repeat")
+
+
 @contextlib.contextmanager
-def writing_beside(place: Path) -> Iterator[Path]:
+def writing_beside(place: Path, *, force: bool) -> Iterator[Path]:
     """Give the body an empty folder beside ``place`` that takes its name when the body has ended well; else nothing is left of it.
 
     Raises:
+        CalibrationError: ``place`` is taken, see :func:`choose_place`; it is looked at again in the end.
         BundleError: the folder cannot be written.
     """
+    _require_free(place, force=force)
     folder = place.parent / f".{place.name}{temporary_name()}"
     try:
         with contextlib.ExitStack() as held, writing(folder):
@@ -54,6 +60,7 @@ def writing_beside(place: Path) -> Iterator[Path]:
                 folder.mkdir()
                 held.enter_context(locked(folder, "collect"))
             yield folder
+            _require_free(place, force=force)
             with writing(place, everywhere=True):
                 (folder / LOCK).unlink()
                 sync(folder)

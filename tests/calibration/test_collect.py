@@ -315,6 +315,18 @@ def test_places_that_are_taken_are_refused(collection: Collection, data: Path, t
     ):
         with pytest.raises(CalibrationError, match=says):
             sievert.collect(made, data, out=out, force=force)
+    real = Pipeline.prefill
+
+    def prefill(pipeline: Pipeline, *given: Any) -> Any:
+        (tmp_path / "late").mkdir(exist_ok=True)
+        (tmp_path / "late" / "mine.txt").write_text("mine")
+        return real(pipeline, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Pipeline, "prefill", prefill)
+        with pytest.raises(CalibrationError, match="holds other files"):
+            sievert.collect(made, data, samples=2, out=tmp_path / "late", force=True)
+    assert [path.name for path in (tmp_path / "late").iterdir()] == ["mine.txt"]
     monkeypatch.setattr("sievert.calibration.collect.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 1 << 20))
     with pytest.raises(CalibrationError, match="5 samples need up to 2 MiB .* --samples or --decode-steps"):
         sievert.collect(made, data, decode_steps=[1, 2, 3, 4, 5, 6, 7, 8], out=tmp_path / "new")
