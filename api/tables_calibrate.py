@@ -72,7 +72,7 @@ def ranges_lines(found: Ranges) -> list[str]:
     if len(lines) > _SHOWN:
         lines = [*lines[:_SHOWN], f"... and {len(lines) - _SHOWN} more, all in --json"]
     if follow := sum(not each.starts for each in found.keep_float32):
-        lines.append(f"{follow} more overflow only because of what they are computed from")
+        lines.append(f"{follow} more overflow further on, computed from these: all in --json")
     if nans := sum(each.verdict == "nan" for each in found.tensors):
         lines.append(f"[red]{nans} tensors hold NaN already: run `sievert check` first[/]")
     counts = {verdict: sum(each.verdict == verdict for each in found.tensors) for verdict in ("overflow", "close", "fits", "float32")}

@@ -181,5 +181,5 @@ def _explain(verdict: Verdict, seen: Seen, limits: Format, culprits: Sequence[st
     beyond = seen.magnitude > limits.largest
     reached = f"reaches {seen.magnitude:.4g}" if beyond else f"holds {seen.infinities} infinities and {seen.nans} NaN"
     often = f" in {seen.overflowing_runs} of {runs} runs" if runs and beyond else ""
-    cause = f"; follows from {', '.join(culprits)}" if culprits else ""
+    cause = f"; so does its input {', '.join(culprits)}" if culprits else ""
     return f"{reached}{often}, {limits.name} ends at {limits.largest:.6g}{cause}"

@@ -75,7 +75,7 @@ def test_overflow_is_shown_with_its_reason(shared: Path, data: Path, tmp_path: P
         "keep float32 vision_encoder",
         "of 2 runs, float16 ends at 3",
         "more, all in --json",
-        "only because of",
+        "more overflow further on",
         "--dtype bfloat16",
     ):
         assert part in said.out, said.out

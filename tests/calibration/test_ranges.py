@@ -84,7 +84,7 @@ def test_a_planted_overflow_is_found_named_and_traced(bundle: Path, data: Path, 
     starts = [each for each in found.keep_float32 if each.starts]
     computed = [(each.graph, each.module) for each in starts if each.kind == "computed"]
     assert computed == [("prefill", "model.layers.1.mlp.up_proj"), ("decode", "model.layers.1.mlp.up_proj")]
-    assert all("follows from" in each.reason and "up_proj.weight" in each.reason for each in starts if each.kind == "computed")
+    assert all("so does its input" in each.reason and "up_proj.weight" in each.reason for each in starts if each.kind == "computed")
     (weight,) = [each for each in starts if each.kind == "weight"]
     assert "layers.1.mlp.up_proj" in weight.name
     model = ir.load(Bundle.open(bundle).graph_file("prefill", variant="full"))
@@ -93,7 +93,7 @@ def test_a_planted_overflow_is_found_named_and_traced(bundle: Path, data: Path, 
     assert down.inputs[0] is not None
     planted = reached[str(down.inputs[0].name)]
     assert planted.verdict == "overflow" and planted.magnitude > 1e5 and planted.headroom is not None and planted.headroom < 1
-    assert "3 of 3 runs, float16 ends at 65504; follows from" in planted.reason and "model.layers.1.mlp" in planted.module
+    assert "3 of 3 runs, float16 ends at 65504; so does its input" in planted.reason and "model.layers.1.mlp" in planted.module
     assert planted.at in ("line 2", "line 3", "line 4")
     assert reached[str(down.outputs[0].name)].verdict == "fits"
     (narrow,) = [each for each in found.tensors if "layers.1.mlp.down_proj" in each.name and each.kind == "weight"]
