@@ -52,6 +52,7 @@ Batch = Annotated[int, Option("--batch", metavar="N", help="Prompts read at once
 DecodeBatch = Annotated[
     int | None, Option("--decode-batch", metavar="N", help="Answers written at once. Default: as --batch.", rich_help_panel=_SIZE)
 ]
+Images = Annotated[int, Option("--images", metavar="N", help="Images in each prompt.", rich_help_panel=_SIZE)]
 
 # export and prune
 Layers = Annotated[
@@ -96,6 +97,7 @@ DecodeBatchAsFull = Annotated[
     int | None,
     Option("--decode-batch", metavar="N", help="Answers written at once. Default: as full, or as --batch.", rich_help_panel=_SIZE),
 ]
+ImagesAsFull = Annotated[int | None, Option("--images", metavar="N", help=f"Images in each prompt. {_AS_FULL}", rich_help_panel=_SIZE)]
 
 # build
 Capabilities = Annotated[
@@ -113,7 +115,7 @@ Data = Annotated[
     Option(
         "--data",
         metavar="FILE",
-        help='Lines {"image": "photo.png", "prompt": "what is this?"}. Default: made-up ones.',
+        help='Lines {"image": "photo.png", "prompt": "what is this?"}; "images": [...] for several. Default: made-up ones.',
         show_default=False,
         rich_help_panel=_SAMPLES,
     ),
@@ -126,10 +128,18 @@ Strict = Annotated[bool, Option("--strict", help="End with 3 where near ties lea
 JsonFile = Annotated[Path | None, Option("--json", metavar="FILE", help="Write every number to a file.")]
 
 # run
-ImageFile = Annotated[str, Option("--image", metavar="FILE", help="PNG, JPEG, WEBP, BMP, GIF or TIFF.", show_default=False)]
+ImageFiles = Annotated[
+    list[str],
+    Option(
+        "--image",
+        metavar="FILE",
+        help="PNG, JPEG, WEBP, BMP, GIF or TIFF. Repeat it where a prompt has several images, in their order.",
+        show_default=False,
+    ),
+]
 Prompts = Annotated[
     list[str],
-    Option("--prompt", metavar="TEXT", help="A question; may be repeated: the image is looked at once.", show_default=False),
+    Option("--prompt", metavar="TEXT", help="A question; may be repeated: the images are looked at once.", show_default=False),
 ]
 OneVariant = Annotated[str, Option("--variant", metavar="NAME", help="Default: the only pruned one.", show_default=False)]
 Engine = Annotated[str, Option("--engine", metavar="NAME", help="What runs it.")]
@@ -169,8 +179,21 @@ SomeSelectors = Annotated[
     str,
     Option("--selectors", metavar="A,B,C", help="Which ones. Default: all that fit the model.", show_default=False, rich_help_panel=_CUT),
 ]
-OneKeep = Annotated[str, Option("--keep", metavar="KEEP", help="22%, 64, or auto: 22%, or the paper's schedule.", rich_help_panel=_CUT)]
-OneLayer = Annotated[str, Option("--layer", metavar="L", help="A layer, or auto: the paper's, scaled.", rich_help_panel=_CUT)]
+OneKeep = Annotated[
+    str,
+    Option(
+        "--keep", metavar="KEEP", help="22% or 64: one cut for every selector. auto: 22%, or the paper's schedule.", rich_help_panel=_CUT
+    ),
+]
+OneLayer = Annotated[
+    str,
+    Option(
+        "--layer",
+        metavar="L",
+        help="A layer, or auto: the paper's, scaled; with --keep, a seventh of the depth where the paper cuts several times.",
+        rich_help_panel=_CUT,
+    ),
+]
 PictureFile = Annotated[Path, Option("--out", metavar="FILE", help="The picture to write, as PNG.")]
 
 # collect and ranges
@@ -179,7 +202,7 @@ CalibrationData = Annotated[
     Option(
         "--data",
         metavar="FILE|DIR",
-        help='Lines {"image": "photo.png", "prompt": "what is this?"}, or a folder with such a .jsonl file.',
+        help='Lines {"image": "photo.png", "prompt": "what is this?"} ("images": [...] for several), or a folder with such a .jsonl file.',
         show_default=False,
         rich_help_panel=_DATA,
     ),

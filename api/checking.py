@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from sievert.bundle.errors import InputError
 from sievert.bundle.store import Bundle
+from sievert.calibration.questions import read_entry
 from sievert.engines.run.images import load_image
 from sievert.engines.run.registry import find_runtime
 from sievert.parity.check import check as check_unavailable
@@ -160,14 +160,8 @@ def read_samples(path: Path, *, limit: int = 0) -> tuple[Sample, ...]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        try:
-            entry = json.loads(line)
-            image, prompt = entry["image"], entry["prompt"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path}, line {number}: {line[:80]!r} is not like {_LINE}") from error
-        if not isinstance(image, str) or not isinstance(prompt, str):
-            raise InputError(f"{path}, line {number}: image and prompt must be texts")
-        samples.append(Sample(load_image(path.parent / image), prompt))
+        _, images, prompt = read_entry(f"{path}, line {number}", line, _LINE)
+        samples.append(Sample(tuple(load_image(path.parent / image) for image in images), prompt))
         if len(samples) == limit:
             break
     if not samples:

@@ -68,7 +68,7 @@ def check(
 
 def run(
     bundle: a.BundlePath,
-    image: a.ImageFile,
+    image: a.ImageFiles,
     prompt: a.Prompts,
     variant: a.OneVariant = "",
     engine: a.Engine = "onnxruntime",
@@ -79,7 +79,7 @@ def run(
     raw_prompt: a.RawPrompt = False,
     show_kept: a.KeptFile = None,
 ) -> None:
-    """Ask about an image. Answers go to the standard output, all else to the error output."""
+    """Ask about an image, or several. Answers go to the standard output, all else to the error output."""
     from sievert.bundle.errors import InputError
     from sievert.running import run as ask
 

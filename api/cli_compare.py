@@ -54,7 +54,7 @@ def evaluate(
 
 def compare_selectors(
     bundle: a.BundlePath,
-    image: a.ImageFile,
+    image: a.ImageFiles,
     prompt: a.OnePrompt,
     selectors: a.SomeSelectors = "",
     keep: a.OneKeep = "auto",

@@ -29,6 +29,7 @@ def export(
     max_new_tokens: a.MaxNewTokens = 128,
     batch: a.Batch = 1,
     decode_batch: a.DecodeBatch = None,
+    images: a.Images = 1,
     engine: a.SomeEngines = None,
     force: a.Force = False,
 ) -> None:
@@ -57,6 +58,7 @@ def export(
             max_new_tokens=max_new_tokens,
             batch=batch,
             decode_batch="auto" if decode_batch is None else decode_batch,
+            images=images,
             engines=engine or ["onnxruntime"],
             force=force,
             progress=progress,
@@ -80,6 +82,7 @@ def prune(
     max_new_tokens: a.MaxNewTokensAsFull = None,
     batch: a.BatchAsFull = None,
     decode_batch: a.DecodeBatchAsFull = None,
+    images: a.ImagesAsFull = None,
     force: a.Force = False,
 ) -> None:
     """Add a variant to a bundle that drops visual tokens before a decoder layer.
@@ -102,6 +105,7 @@ def prune(
             max_new_tokens="auto" if max_new_tokens is None else max_new_tokens,
             batch="auto" if batch is None else batch,
             decode_batch="auto" if decode_batch is None else decode_batch,
+            images="auto" if images is None else images,
             force=force,
             progress=progress,
         )

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from sievert.bundle.errors import CalibrationError, EngineUnavailableError
+from sievert.bundle.names import FULL
 from sievert.bundle.store import Bundle
-from sievert.planning import FULL
 from sievert.progress import Progress, Size, silent
 
 if TYPE_CHECKING:
@@ -39,11 +39,12 @@ def collect(
 ) -> Collection:
     """Run images and prompts through a variant and store what each of its graphs was fed, as safetensors with a ``collection.json``.
 
-    ``data`` is a file of lines ``{"image": ..., "prompt": ...}``, image paths relative to it, or a folder that holds one such ``.jsonl``
-    file. ``samples`` takes the first lines; ``auto`` is 128 at most. ``decode_steps`` are the tokens of the greedy answer that decode's
-    inputs are stored for, counted from 1; a number n means the first n of 1, 2, 4, 8 and so on. ``out`` is by default
-    ``BUNDLE-calibration`` beside the bundle; ``force`` replaces a collection that stands there. ``random`` takes made-up pictures and words
-    in place of data (8 if ``samples`` is ``auto``), which is written into the collection and said whenever it is loaded.
+    ``data`` is a file of lines ``{"image": ..., "prompt": ...}`` (``"images": [...]`` for a variant that takes several), image paths
+    relative to it, or a folder that holds one such ``.jsonl`` file. ``samples`` takes the first lines; ``auto`` is 128 at most.
+    ``decode_steps`` are the tokens of the greedy answer that decode's inputs are stored for, counted from 1; a number n means the first n
+    of 1, 2, 4, 8 and so on. ``out`` is by default ``BUNDLE-calibration`` beside the bundle; ``force`` replaces a collection that stands
+    there. ``random`` takes made-up pictures and words in place of data (8 if ``samples`` is ``auto``), which is written into the collection
+    and said whenever it is loaded.
 
     Raises:
         CalibrationError: no data and not ``random``, or both; fewer than 2 samples, one that leads to NaN, a place that is taken.
@@ -76,17 +77,17 @@ def collect(
     profile = opened.variant(variant).profile
     steps = choose_steps(decode_steps, profile)
     place = choose_place(opened, out, force=force)
-    prompter = Prompter(opened.path, opened.manifest.geometry, profile)
     questions = None
     if random:
         progress("making random samples")
+        prompter = Prompter(opened.path, opened.manifest.geometry, profile)
         material = make_random(prompter, opened.path, MADE_UP if samples == "auto" else samples)
     else:
         progress("reading the data")
         questions = read_questions(find_data(data), limit=DEFAULT_SAMPLES if samples == "auto" else samples)
         count = len(questions.questions)
         check_questions(
-            questions, prompter, template=template, tell=lambda done: progress(f"checking images and prompts: {done} of {count}")
+            questions, opened, [variant], template=template, tell=lambda done: progress(f"checking images and prompts: {done} of {count}")
         )
         material = use_questions(questions, template=template)
     progress("")

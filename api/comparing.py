@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from sievert.bundle.errors import GraphError, PlanError
+from sievert.bundle.errors import GraphError, PlanError, PromptError
+from sievert.bundle.names import FULL
 from sievert.bundle.plan import Plan
 from sievert.bundle.store import Bundle
 from sievert.engines.run.dtypes import Array
 from sievert.engines.run.pipeline import Features
-from sievert.engines.run.prompt import PromptBatch, Prompter
+from sievert.engines.run.prompt import Pictures, PromptBatch, Prompter
 from sievert.engines.run.sampling import Sampling
-from sievert.planning import FULL, Cut, make_plan
+from sievert.planning import Cut, choose_layer, make_plan
 from sievert.progress import Progress, Size, silent
 from sievert.running import Answer, Watched, answer_batch, choose_limit, show_pixels
 
@@ -44,14 +45,14 @@ class Comparison:
     answer: str
     visual_tokens: int
     grid: tuple[int, int]
-    picture: Image.Image
+    pictures: tuple[Image.Image, ...]
     compared: tuple[Compared, ...]
     refused: Mapping[str, str]
 
 
 def compare_selectors(
     bundle: str | Path,
-    image: str | Path | Image.Image,
+    image: Pictures,
     prompt: str,
     *,
     selectors: Sequence[str] = (),
@@ -64,7 +65,9 @@ def compare_selectors(
     """Ask one question of the unpruned model and of one variant for each of ``selectors`` (all, if none is named), greedily.
 
     The variants are made in memory and run in ONNX Runtime; the bundle stays as it is. ``keep`` and ``layer`` mean what they mean in
-    :class:`Cut`. Lengths are those of the variant ``full``, for one prompt at a time.
+    :class:`Cut`, except that ``keep`` alone is one cut for every selector, so that all have one budget: those whose papers cut several
+    times make it a seventh of the depth down. A selector that cannot be tried is listed with the reason. Lengths are those of the
+    variant ``full``, for one prompt at a time; ``image`` is a list where ``full`` takes several.
 
     Raises:
         PlanError: a selector that does not exist, or none that can be tried; the message says why.
@@ -86,7 +89,7 @@ def compare_selectors(
     prompter = Prompter(opened.path, geometry, profile)
     limit = choose_limit(opened, [FULL], max_new_tokens)
     asked = _Asked(prompter, prompter.prepare([image], [prompt], template=template), prompt, limit)
-    plans, refused = _make_plans(opened, names, keep, layer)
+    plans, refused = _make_plans(opened, names, keep, layer, profile.images)
     dynamic = load_dynamic(opened)
 
     def try_plan(name: str, plan: Plan) -> Answer:
@@ -100,7 +103,7 @@ def compare_selectors(
     for name, plan in plans.items():
         try:
             answer = try_plan(name, plan)
-        except (PlanError, GraphError) as error:
+        except (PlanError, GraphError, PromptError) as error:
             refused[name] = str(error)
             continue
         compared.append(Compared(name, plan, answer.text.strip(), answer.kept[-1]))
@@ -109,25 +112,30 @@ def compare_selectors(
     return Comparison(
         prompt=prompt,
         answer=unpruned.text.strip(),
-        visual_tokens=geometry.visual_tokens,
+        visual_tokens=profile.visual_tokens,
         grid=geometry.grid,
-        picture=show_pixels(opened.path, asked.batch.pixel_values[0]),
+        pictures=show_pixels(opened.path, asked.batch.pixel_values[0]),
         compared=tuple(compared),
         refused=refused,
     )
 
 
-def _make_plans(bundle: Bundle, names: Sequence[str], keep: str, layer: Size) -> tuple[dict[str, Plan], dict[str, str]]:
+def _make_plans(bundle: Bundle, names: Sequence[str], keep: str, layer: Size, images: int) -> tuple[dict[str, Plan], dict[str, str]]:
     """A plan for each selector that can make one, and why the others cannot.
 
     Raises:
         PlanError: none can.
     """
+    from sievert.graph_passes.selectors.registry import find_schedule
+
+    geometry = bundle.manifest.geometry
     plans: dict[str, Plan] = {}
     refused: dict[str, str] = {}
     for name in names:
+        schedule = find_schedule(name, {})
+        once = choose_layer(schedule, geometry) if layer == "auto" and keep != "auto" and schedule.shares else layer
         try:
-            plans[name] = make_plan(bundle.manifest.geometry, [Cut(keep=keep, layer=layer, selector=name)])
+            plans[name] = make_plan(geometry, [Cut(keep=keep, layer=once, selector=name)], images=images)
         except PlanError as error:
             refused[name] = str(error)
     if not plans:

@@ -16,13 +16,15 @@ if TYPE_CHECKING:
     from sievert.running import Answers
 
 _SIDE = 448  # pixels of a panel; small images are enlarged to about this
-_MARGIN, _TEXT = 16, 15
+_MARGIN, _TEXT, _GAP = 16, 15, 4
 _PAPER, _INK, _QUIET, _LINE = (24, 26, 31), (236, 238, 242), (150, 156, 168), (255, 214, 92)
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One stage: its caption, and the numbers of the kept patches in the grid, row by row (a class token is negative)."""
+    """One stage: its caption, and the numbers of the kept patches in the grid, row by row, on from image to image (a class token is
+    negative).
+    """
 
     caption: str
     kept: frozenset[int]
@@ -37,12 +39,13 @@ class Row:
     panels: tuple[Panel, ...]
 
 
-def draw_kept(picture: Image.Image, grid: tuple[int, int], rows: Sequence[Row]) -> Image.Image:
-    """One row for each question: the picture as the model sees it, then a panel for each stage.
+def draw_kept(pictures: Sequence[Image.Image], grid: tuple[int, int], rows: Sequence[Row]) -> Image.Image:
+    """One row for each question: the pictures as the model sees them, then a panel for each stage.
 
-    ``picture`` is what the vision encoder saw, ``grid`` the rows and columns of patches on it.
+    ``pictures`` are what the vision encoder saw, ``grid`` the rows and columns of patches on each.
     """
-    big = _enlarge(picture)
+    large = [_enlarge(picture) for picture in pictures]
+    big = _put_beside(large)
     width, height = big.size
     panels = 1 + max(len(row.panels) for row in rows)
     row_height = 2 * (_TEXT + 8) + height + _MARGIN
@@ -54,7 +57,7 @@ def draw_kept(picture: Image.Image, grid: tuple[int, int], rows: Sequence[Row]) 
         pen.text((_MARGIN, top), question, fill=_INK, font=font)
         left = 2 * _MARGIN + round(font.getlength(question))
         pen.text((left, top), _shorten(row.answer, canvas.width - _MARGIN - left, font), fill=_LINE, font=font)
-        shown = [("what the model sees", big), *((panel.caption, _dim(big, grid, panel.kept)) for panel in row.panels)]
+        shown = [("what the model sees", big), *((panel.caption, _dim_all(large, grid, panel.kept)) for panel in row.panels)]
         for place, (caption, image) in enumerate(shown):
             left = _MARGIN + place * (width + _MARGIN)
             pen.text((left, top + _TEXT + 8), _shorten(caption, width, font), fill=_QUIET, font=font)
@@ -75,13 +78,29 @@ def _enlarge(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB").resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
 
 
+def _put_beside(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Pictures of one size in a row."""
+    if len(pictures) == 1:
+        return pictures[0]
+    width, height = pictures[0].size
+    row = Image.new("RGB", (len(pictures) * (width + _GAP) - _GAP, height), _PAPER)
+    for place, picture in enumerate(pictures):
+        row.paste(picture, (place * (width + _GAP), 0))
+    return row
+
+
+def _dim_all(pictures: Sequence[Image.Image], grid: tuple[int, int], kept: frozenset[int]) -> Image.Image:
+    """The pictures in a row, each dimmed by its own share of the numbers."""
+    patches = grid[0] * grid[1]
+    shares = [frozenset(number - place * patches for number in kept if number // patches == place) for place in range(len(pictures))]
+    return _put_beside([_dim(picture, grid, share) for picture, share in zip(pictures, shares, strict=True)])
+
+
 def _dim(picture: Image.Image, grid: tuple[int, int], kept: frozenset[int]) -> Image.Image:
     """The picture with dropped patches grey and dark, and a line where kept and dropped ones meet."""
     rows, columns = grid
     held = np.zeros((rows + 2, columns + 2), bool)  # a border of dropped ones, so that every patch has four neighbours
     for number in kept:
-        if number < 0:
-            continue  # a class token, which is no patch
         held[1 + number // columns, 1 + number % columns] = True
     mask = Image.fromarray(held[1:-1, 1:-1].astype(np.uint8) * 255).resize(picture.size, Image.Resampling.NEAREST)
     grey = picture.convert("L").point(lambda value: 18 + value // 4).convert("RGB")
@@ -121,7 +140,7 @@ def draw_answers(found: Answers) -> Image.Image:
         )
         for answer in found.answers
     ]
-    return draw_kept(found.picture, found.grid, rows)
+    return draw_kept(found.pictures, found.grid, rows)
 
 
 @dataclass(frozen=True)
@@ -133,11 +152,12 @@ class Tile:
     kept: frozenset[int] | None
 
 
-def draw_tiles(picture: Image.Image, grid: tuple[int, int], question: str, tiles: Sequence[Tile]) -> Image.Image:
+def draw_tiles(pictures: Sequence[Image.Image], grid: tuple[int, int], question: str, tiles: Sequence[Tile]) -> Image.Image:
     """The question, and under it a grid of panels that is about as wide as it is high."""
-    big = _enlarge(picture)
+    large = [_enlarge(picture) for picture in pictures]
+    big = _put_beside(large)
     width, height = big.size
-    columns = min(len(tiles), max(2, math.ceil(math.sqrt(len(tiles)))))
+    columns = min(len(tiles), max(1 if len(pictures) > 1 else 2, math.ceil(math.sqrt(len(tiles) / len(pictures)))))
     rows = math.ceil(len(tiles) / columns)
     line, tile_height = _TEXT + 8, 2 * (_TEXT + 8) + height + _MARGIN
     canvas = Image.new("RGB", (columns * (width + _MARGIN) + _MARGIN, rows * tile_height + line + 2 * _MARGIN), _PAPER)
@@ -148,7 +168,7 @@ def draw_tiles(picture: Image.Image, grid: tuple[int, int], question: str, tiles
         top = 2 * _MARGIN + line + number // columns * tile_height
         pen.text((left, top), _shorten(tile.title, width, font), fill=_QUIET, font=font)
         pen.text((left, top + line), _shorten(tile.answer, width, font), fill=_LINE, font=font)
-        canvas.paste(big if tile.kept is None else _dim(big, grid, tile.kept), (left, top + 2 * line))
+        canvas.paste(big if tile.kept is None else _dim_all(large, grid, tile.kept), (left, top + 2 * line))
     return canvas
 
 
@@ -160,4 +180,4 @@ def draw_comparison(found: Comparison) -> Image.Image:
         layers = ", ".join(str(stage.layer) for stage in stages)
         title = f"{each.selector}: {stages[-1].keep} of {found.visual_tokens}, layer{'s' if len(stages) > 1 else ''} {layers}"
         tiles.append(Tile(title, each.answer, frozenset(each.kept)))
-    return draw_tiles(found.picture, found.grid, found.prompt, tiles)
+    return draw_tiles(found.pictures, found.grid, found.prompt, tiles)

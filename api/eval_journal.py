@@ -2,62 +2,70 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from sievert.bundle.errors import InputError
+from sievert.calibration.questions import Asked
 
 NAME: Final = "answers.jsonl"
+_FORMAT: Final = 2
+_HEADER: Final = {"sievert_eval": _FORMAT}
 _AGAIN: Final = "give another --out, or remove that folder to start again"
 
 
 @dataclass(frozen=True)
 class Said:
-    """What a variant said to one line of the data: the text, the number of tokens, and whether it ended by itself (``stop``)."""
+    """What a variant said: the text, the number of tokens, and whether it ended by itself (``stop``)."""
 
-    line: int
     text: str
     tokens: int
     finish: str
 
 
 class Journal:
-    """The answers of one data file under one set of settings.
+    """Every answer ever given in one folder, each with all that it depends on; those under ``settings`` can be looked up.
 
-    The first line of the file says which; every other line is one answer and which variant and image it is of. ``variants`` gives the
-    identity of each variant that is asked now, ``images`` that of each line's image. Made by one process at a time: hold the folder's lock.
+    An answer is found by what was asked and by the identity of the variant (a hash of what is run), not by its line in some data: lines
+    may come, go and move, and accepted answers may be corrected. Made by one process at a time: hold the folder's lock.
 
     Raises:
-        InputError: the folder holds answers to other data, under other settings, of a variant or image that has changed, or is damaged.
+        InputError: the file is damaged, of another version, or cannot be written.
     """
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any], variants: Mapping[str, str], images: Mapping[int, str]) -> None:
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         self._path = folder / NAME
-        self._variants, self._images = variants, images
-        self._said: dict[str, dict[int, Said]] = {name: {} for name in variants}
-        text = self._read()
-        header, *records = [self._parse(number, line) for number, line in enumerate(text.splitlines(), 1)] or [dict(settings)]
-        if not text:
-            self._append([header])
-        for key, value in settings.items():
-            if header.get(key) != value:
-                raise InputError(_explain_setting(folder, key, header.get(key), value))
-        for record in records:
-            self._take(folder, record)
+        self._settings = dict(settings)
+        self._said: dict[str, dict[Asked, Said]] = {}
+        with writing(folder):
+            lines = self._read().splitlines()
+            if not lines:
+                self._append([_HEADER])
+        for number, line in enumerate(lines, 1):
+            record = self._parse(number, line)
+            if number == 1 and record != _HEADER:
+                raise InputError(f"{self._path} was not written by this version of `sievert eval`: {_AGAIN}")
+            if number > 1 and record["settings"] == self._settings:
+                said = Said(record["text"], record["tokens"], record["finish"])
+                self._said.setdefault(record["made"], {})[Asked(record["image"], record["prompt"])] = said
 
-    def said(self, variant: str) -> Mapping[int, Said]:
-        """The answers of a variant by line."""
-        return self._said[variant]
+    def said(self, made: str) -> Mapping[Asked, Said]:
+        """The answers of the variant with identity ``made``."""
+        return self._said.get(made, {})
 
-    def add(self, variant: str, answers: Sequence[Said]) -> None:
-        """Keep answers; those of lines that are answered already are dropped."""
-        new = [said for said in answers if said.line not in self._said[variant]]
-        marks = {"variant": variant, "made": self._variants[variant]}
-        self._append([{**marks, "image": self._images[said.line], **asdict(said)} for said in new])
-        self._said[variant].update((said.line, said) for said in new)
+    def add(self, variant: str, made: str, answers: Sequence[tuple[Asked, Said]]) -> int:
+        """Keep answers, and count those that are new. ``variant`` is for readers of the file."""
+        known = self._said.setdefault(made, {})
+        new = {asked: said for asked, said in answers if asked not in known}
+        marks = {"variant": variant, "made": made, "settings": self._settings}
+        with writing(self._path.parent):
+            self._append([{**marks, **asdict(asked), **asdict(said)} for asked, said in new.items()])
+        known.update(new)
+        return len(new)
 
     def _read(self) -> str:
         """The file's whole lines; a line that a kill left unfinished is cut off."""
@@ -79,16 +87,6 @@ class Journal:
             raise InputError(f"{self._path}, line {number} is damaged: {_AGAIN}")
         return record
 
-    def _take(self, folder: Path, record: dict[str, Any]) -> None:
-        variant, line = record["variant"], record["line"]
-        if variant not in self._variants:
-            return
-        if record["made"] != self._variants[variant]:
-            raise InputError(f"the variant {variant!r} has changed since {folder} got its answers: {_AGAIN}")
-        if record["image"] != self._images.get(line, record["image"]):
-            raise InputError(f"the image of line {line} has changed since {folder} got its answers: {_AGAIN}")
-        self._said[variant][line] = Said(line, record["text"], record["tokens"], record["finish"])
-
     def _append(self, records: Sequence[Mapping[str, Any]]) -> None:
         # One write, so that a kill leaves at most one unfinished line.
         text = "".join(json.dumps(record) + "\n" for record in records)
@@ -96,14 +94,19 @@ class Journal:
             file.write(text.encode())
 
 
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Name the folder of the answers in what the system says while something is written there.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written ({error.strerror or error}): what was answered stays; give another --out") from error
+
+
 def _is_answer(record: dict[str, Any]) -> bool:
-    kinds = {"variant": str, "made": str, "image": str, "line": int, "text": str, "tokens": int, "finish": str}
+    kinds = {"variant": str, "made": str, "settings": dict, "image": str, "prompt": str, "text": str, "tokens": int, "finish": str}
     return all(type(record.get(key)) is kind for key, kind in kinds.items())
-
-
-def _explain_setting(folder: Path, key: str, then: Any, now: Any) -> str:
-    if key == "data":
-        return f"{folder} holds answers to another version of the data file: {_AGAIN}"
-    if key == "sievert_eval":
-        return f"{folder / NAME} was not written by this version of `sievert eval`: {_AGAIN}"
-    return f"{folder} holds answers with {key}={then}, now it is {now}: {_AGAIN}"

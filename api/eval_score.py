@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from sievert.calibration.questions import Question, normalise
+from sievert.calibration.questions import Asked, Question, normalise
 from sievert.eval_journal import Said
 
 INTERVALS: Final = (
@@ -53,16 +53,16 @@ def agrees(text: str, unpruned: str) -> bool:
     return normalise(text) == normalise(unpruned)
 
 
-def score_variant(variant: str, questions: Sequence[Question], said: Mapping[int, Said], unpruned: Mapping[int, Said] | None) -> Score:
+def score_variant(variant: str, questions: Sequence[Question], said: Mapping[Asked, Said], unpruned: Mapping[Asked, Said] | None) -> Score:
     """The score over ``questions``, all answered; ``unpruned`` is None for that variant itself."""
     answerable = [question for question in questions if question.answers]
-    right = [is_right(question, said[question.line].text) for question in answerable]
+    right = [is_right(question, said[question.asked].text) for question in answerable]
     change = agreement = None
     if unpruned is not None:
-        before = [is_right(question, unpruned[question.line].text) for question in answerable]
+        before = [is_right(question, unpruned[question.asked].text) for question in answerable]
         change = estimate_change(right, before) if answerable else None
-        agreement = estimate_share([agrees(said[question.line].text, unpruned[question.line].text) for question in questions])
-    cut_short = sum(said[question.line].finish == "length" for question in questions)
+        agreement = estimate_share([agrees(said[question.asked].text, unpruned[question.asked].text) for question in questions])
+    cut_short = sum(said[question.asked].finish == "length" for question in questions)
     return Score(variant, len(answerable), sum(right), change, agreement, cut_short)
 
 

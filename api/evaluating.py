@@ -7,11 +7,11 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
-from sievert.bundle.errors import EngineUnavailableError, InputError
+from sievert.bundle.errors import EngineUnavailableError, InputError, ProfileError
 from sievert.bundle.files import locked
-from sievert.bundle.names import LOCK
+from sievert.bundle.names import FULL, LOCK
 from sievert.bundle.plan import Plan
 from sievert.bundle.profile import Profile
 from sievert.bundle.store import Bundle
@@ -22,17 +22,14 @@ from sievert.engines.run.generate import generate
 from sievert.engines.run.pipeline import GRAPHS, Features, Pipeline
 from sievert.engines.run.prompt import Prompter
 from sievert.engines.run.registry import find_runtime
-from sievert.eval_journal import NAME, Journal, Said
+from sievert.eval_journal import NAME, Journal, Said, writing
 from sievert.eval_report import write_report
 from sievert.eval_score import Score, score_variant
-from sievert.planning import FULL
 from sievert.progress import Progress, Size, silent
 from sievert.running import choose_limit
 
 OnCount = Callable[[int, int], None]
 """Called with how many answers there are and how many there will be."""
-
-_FORMAT: Final = 1
 
 
 @dataclass(frozen=True)
@@ -51,11 +48,11 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class _Work:
-    """What is asked of whom."""
+    """What is asked of whom. ``made`` is the identity of each variant."""
 
     bundle: Bundle
     engine: str
-    names: tuple[str, ...]
+    made: Mapping[str, str]
     questions: Questions
     template: bool
     limit: int
@@ -77,16 +74,16 @@ def evaluate(
     progress: Progress = silent,
     on_count: OnCount = lambda _, __: None,
 ) -> Evaluation:
-    """Let ``full`` and each of ``variants`` (all others, if none is named) answer every question of ``data``, greedily.
+    """Let ``full`` and each of ``variants`` (all others of as many images, if none is named) answer every question of ``data``, greedily.
 
-    ``data`` has a line ``{"image": ..., "prompt": ..., "answer": ...}`` per question, image paths relative to it; ``answer`` is a text or
-    a list of accepted ones, and may be missing. ``samples`` takes only the first lines. ``max_new_tokens`` ``auto`` is what all these
-    variants have room for. Answers are kept in the folder ``out`` (``BUNDLE-eval`` beside the bundle): repeated, an interrupted call goes
-    on there.
+    ``data`` has a line ``{"image": ..., "prompt": ..., "answer": ...}`` per question (``"images": [...]`` for several), image paths
+    relative to it; ``answer`` is a text or a list of accepted ones, and may be missing. ``samples`` takes only the first lines.
+    ``max_new_tokens`` ``auto`` is what all these variants have room for. Answers are kept in the folder ``out`` (``BUNDLE-eval`` beside
+    the bundle), each with all that it depends on: a call asks only what is not answered there, and scores by the data as it is now.
 
     Raises:
         InputError, ImageError, PromptError: data that cannot be used, with its line; an ``out`` that holds something else.
-        ProfileError: ``max_new_tokens`` is more than a variant has room for.
+        ProfileError: ``max_new_tokens`` is more than a variant has room for, or a variant takes another number of images than ``full``.
         VariantError: no such variant, no ``full``, or it has no such engine.
         EngineUnavailableError: the engine cannot run on this machine.
         BundleError: the bundle is not what its manifest says, or another process writes to ``out``.
@@ -99,33 +96,42 @@ def evaluate(
     questions = read_questions(Path(data), limit=0 if samples == "auto" else samples)
     progress("checking the bundle")
     opened = Bundle.open(bundle)
-    names = tuple(dict.fromkeys([FULL, *(variants or sorted(opened.manifest.variants))]))
-    identities = {name: identify(opened, name, engine) for name in names}
-    work = _Work(opened, engine, names, questions, template, choose_limit(opened, names, max_new_tokens))
+    names = choose_variants(opened, variants)
+    made = {name: identify(opened, name, engine) for name in names}
+    work = _Work(opened, engine, made, questions, template, choose_limit(opened, names, max_new_tokens))
     place = check_place(opened, Path(out) if str(out) else opened.path.with_name(f"{opened.path.name}-eval"))
     count = len(questions.questions)
-    tightest = min((work.profile(name) for name in names), key=lambda profile: profile.max_text)
-    prompter = Prompter(opened.path, opened.manifest.geometry, tightest)
-    check_questions(questions, prompter, template=template, tell=lambda done: progress(f"checking images and prompts: {done} of {count}"))
+    check_questions(
+        questions, opened, names, template=template, tell=lambda done: progress(f"checking images and prompts: {done} of {count}")
+    )
     progress("")
-    settings = {
-        "sievert_eval": _FORMAT,
-        "data": questions.sha256,
-        "engine": engine,
-        "max_new_tokens": work.limit,
-        "template": template,
-    }
-    with _writing(place):
-        images = {question.line: question.image_sha256 for question in questions.questions}
-        journal = Journal(place, settings, identities, images)
+    settings = {"engine": engine, "max_new_tokens": work.limit, "template": template}
+    with _holding(place):
+        journal = Journal(place, settings)
         _answer_all(work, journal, on_count)
-        scores = tuple(
-            score_variant(name, questions.questions, journal.said(name), None if name == FULL else journal.said(FULL)) for name in names
-        )
+        said = {name: journal.said(made[name]) for name in names}
+        scores = tuple(score_variant(name, questions.questions, said[name], None if name == FULL else said[FULL]) for name in names)
         plans = {name: opened.variant(name).plan for name in names}
-        found = Evaluation(opened.path, place, engine, work.limit, count, opened.manifest.geometry.visual_tokens, plans, scores)
-        write_report(place, describe(found, settings), questions.questions, {name: journal.said(name) for name in names})
+        found = Evaluation(opened.path, place, engine, work.limit, count, opened.variant(FULL).profile.visual_tokens, plans, scores)
+        write_report(place, describe(found, {"data": questions.sha256, **settings}), questions.questions, said)
     return found
+
+
+def choose_variants(bundle: Bundle, asked: Sequence[str]) -> tuple[str, ...]:
+    """``full`` and ``asked``, or all that take as many images per prompt as ``full`` does.
+
+    Raises:
+        VariantError: one of them does not exist.
+        ProfileError: one that was asked for takes another number of images, so that no question fits both.
+    """
+    images = bundle.variant(FULL).profile.images
+    counts = {name: bundle.variant(name).profile.images for name in dict.fromkeys(asked or sorted(bundle.manifest.variants))}
+    if asked and (other := [name for name, count in counts.items() if count != images]):
+        raise ProfileError(
+            f"{other[0]!r} takes {counts[other[0]]} images per prompt and {FULL!r} takes {images}, so no question fits both: make a bundle "
+            f"of its own with `sievert export --images {counts[other[0]]}`"
+        )
+    return tuple(dict.fromkeys([FULL, *(name for name, count in counts.items() if count == images)]))
 
 
 def identify(bundle: Bundle, variant: str, engine: str) -> str:
@@ -167,49 +173,42 @@ def describe(found: Evaluation, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _answer_all(work: _Work, journal: Journal, on_count: OnCount) -> None:
-    """Ask what has not been answered yet."""
-    lines = {question.line for question in work.questions.questions}
-    total = len(lines) * len(work.names)
-
-    def count() -> None:
-        on_count(sum(len(lines & journal.said(name).keys()) for name in work.names), total)
-
-    count()
+    """Ask what has not been answered yet; what several lines or variants share is asked once."""
+    questions = {question.asked: question for question in work.questions.questions}
+    identities = set(work.made.values())
+    total = len(questions) * len(identities)
+    done = sum(asked in journal.said(made) for made in identities for asked in questions)
+    on_count(done, total)
     for group in _group(work):
-        waiting = [name for name in group if lines - journal.said(name).keys()]
-        if not waiting:
+        waiting = [name for name in group if any(asked not in journal.said(work.made[name]) for asked in questions)]
+        left = [question for asked, question in questions.items() if any(asked not in journal.said(work.made[name]) for name in waiting)]
+        if not left:
             continue
         profile = work.profile(group[0])
         prompter = Prompter(work.bundle.path, work.bundle.manifest.geometry, profile)
         with contextlib.ExitStack() as loaded:
             pipelines = {name: loaded.enter_context(Pipeline(work.bundle, name, work.engine)) for name in waiting}
-            for start in range(0, len(lines), profile.batch):
-                asked = work.questions.questions[start : start + profile.batch]
-                _answer_batch(work, prompter, asked, pipelines, journal, count)
+            for start in range(0, len(left), profile.batch):
+                for new in _answer_batch(work, prompter, left[start : start + profile.batch], pipelines, journal):
+                    on_count(done := done + new, total)
 
 
 def _answer_batch(
-    work: _Work,
-    prompter: Prompter,
-    asked: Sequence[Question],
-    pipelines: Mapping[str, Pipeline],
-    journal: Journal,
-    count: Callable[[], None],
-) -> None:
-    """Ask one batch of every variant that has not answered all of it; those with the same vision encoder share its features."""
-    waiting = [name for name in pipelines if {question.line for question in asked} - journal.said(name).keys()]
-    if not waiting:
-        return
-    batch = prompter.prepare([question.image for question in asked], [question.prompt for question in asked], template=work.template)
+    work: _Work, prompter: Prompter, asked: Sequence[Question], pipelines: Mapping[str, Pipeline], journal: Journal
+) -> Iterator[int]:
+    """Ask one batch of every variant that has not answered all of it, and count; those with the same vision encoder share its features."""
+    batch = prompter.prepare([question.images for question in asked], [question.prompt for question in asked], template=work.template)
     features: dict[str, Features] = {}
-    for name in waiting:
+    for name, pipeline in pipelines.items():
+        made = work.made[name]
+        if all(question.asked in journal.said(made) for question in asked):
+            continue
         encoder = work.bundle.manifest.files[work.bundle.graph("vision_encoder", variant=name).file].sha256
         if encoder not in features:
-            features[encoder] = pipelines[name].encode(batch.pixel_values)
-        said = generate(pipelines[name], prompter.tokenizer, batch, max_new_tokens=work.limit, features=features[encoder])
-        answers = [Said(question.line, one.text.strip(), len(one.tokens), one.finish) for question, one in zip(asked, said, strict=True)]
-        journal.add(name, answers)
-        count()
+            features[encoder] = pipeline.encode(batch.pixel_values)
+        said = generate(pipeline, prompter.tokenizer, batch, max_new_tokens=work.limit, features=features[encoder])
+        answers = [(question.asked, Said(one.text.strip(), len(one.tokens), one.finish)) for question, one in zip(asked, said, strict=True)]
+        yield journal.add(name, made, answers)
 
 
 def _group(work: _Work) -> list[list[str]]:
@@ -219,28 +218,24 @@ def _group(work: _Work) -> list[list[str]]:
     GPU's, they go one after the other.
     """
     weights = work.bundle.manifest.files[work.bundle.manifest.weights_file].bytes
-    if work.engine != "onnxruntime" or 2 * weights * len(work.names) > find_memory_gib() * 2**30 / 2:
-        return [[name] for name in work.names]
+    if work.engine != "onnxruntime" or 2 * weights * len(work.made) > find_memory_gib() * 2**30 / 2:
+        return [[name] for name in work.made]
     groups: dict[tuple[int, int], list[str]] = {}
-    for name in work.names:
+    for name in work.made:
         groups.setdefault((work.profile(name).batch, work.profile(name).max_text), []).append(name)
     return list(groups.values())
 
 
 @contextlib.contextmanager
-def _writing(place: Path) -> Iterator[None]:
+def _holding(place: Path) -> Iterator[None]:
     """Make and hold the folder of the answers.
 
     Raises:
         InputError: it cannot be written.
         BundleError: another process holds it.
     """
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-        with locked(place, "eval"):
-            yield
-    except OSError as error:
-        where = place if error.filename is None else Path(str(error.filename))
-        if place not in (where, *where.parents) and where not in place.parents:
-            raise
-        raise InputError(f"{place} cannot be written ({error.strerror or error}): what was answered stays; give another --out") from error
+    with contextlib.ExitStack() as held:
+        with writing(place):
+            place.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(place, "eval"))
+        yield

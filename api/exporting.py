@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 from sievert.building import Built, build_variant, require_builders
 from sievert.bundle.create import check_place
 from sievert.bundle.errors import SievertError
+from sievert.bundle.names import FULL
 from sievert.bundle.plan import Plan
 from sievert.bundle.specs import Geometry
 from sievert.plan_file import choose_cuts
-from sievert.planning import FULL, Cut, Positions, describe_profile, make_plan, make_profile, name_variant
+from sievert.planning import Cut, Positions, describe_profile, make_plan, make_profile, name_variant
 from sievert.progress import Progress, Size, silent
 from sievert.pruning import Made, add, check_name
 
@@ -45,6 +46,7 @@ def export(
     max_new_tokens: int = 128,
     batch: int = 1,
     decode_batch: Size = "auto",
+    images: int = 1,
     engines: Sequence[str] = ("onnxruntime",),
     force: bool = False,
     progress: Progress = silent,
@@ -52,7 +54,7 @@ def export(
     """Export ``model`` (a folder or a hub id) to a new bundle at ``out``: by default ``NAME-bundle`` in the current folder.
 
     The variant ``full`` is always made; ``cuts``, or in their place a ``plan`` or the YAML file of one, make a pruned one beside it, none
-    at all if empty. Then the engines are built.
+    at all if empty. Then the engines are built. ``images`` is how many each prompt has.
     What was asked for is checked against the model's configuration before its weights are read. ``force`` replaces a bundle.
 
     Raises:
@@ -70,8 +72,10 @@ def export(
     require_builders(engines)
     check_place(target.expanduser().resolve(), force=force)
     geometry = read_geometry(model, progress=progress)
-    profile = make_profile(geometry, batch=batch, decode_batch=decode_batch, max_text=max_text, max_new_tokens=max_new_tokens)
-    plans = name_plans(geometry, cuts, positions=positions, name=name)
+    profile = make_profile(
+        geometry, batch=batch, decode_batch=decode_batch, images=images, max_text=max_text, max_new_tokens=max_new_tokens
+    )
+    plans = name_plans(geometry, cuts, positions=positions, name=name, images=images)
     progress("tracing the model")
     exported = export_model(model, dtype=dtype)
     progress("writing the weights")
@@ -126,7 +130,7 @@ def _growing(folder: Path, what: str, progress: Progress) -> Iterator[None]:
         watcher.join()
 
 
-def name_plans(geometry: Geometry, cuts: Sequence[Cut], *, positions: Positions, name: str) -> dict[str, Plan]:
+def name_plans(geometry: Geometry, cuts: Sequence[Cut], *, positions: Positions, name: str, images: int) -> dict[str, Plan]:
     """The plans of an export's variants by name, ``full`` first.
 
     Raises:
@@ -135,7 +139,7 @@ def name_plans(geometry: Geometry, cuts: Sequence[Cut], *, positions: Positions,
     """
     plans = {FULL: Plan()}
     if cuts:
-        plan = make_plan(geometry, cuts, positions=positions)
+        plan = make_plan(geometry, cuts, positions=positions, images=images)
         check_name(chosen := name or name_variant(plan), plan)
         plans[chosen] = plan
     return plans

@@ -53,7 +53,7 @@ def list_selectors() -> tuple[SelectorInfo, ...]:
 
     found = []
     for name, each in registry.SELECTORS.items():
-        plan = each.schedule
+        plan = registry.find_schedule(name, {})
         layers = scale_layers(plan.layers, plan.depth, SHOWN_DEPTH)
         found.append(SelectorInfo(name, each.summary, each.paper, registry.options(name), layers, plan.shares, plan.positions))
     return tuple(found)

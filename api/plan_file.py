@@ -10,19 +10,16 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from sievert.bundle.errors import PlanError
+from sievert.bundle.names import FULL
 from sievert.bundle.plan import Option, Plan
+from sievert.plan_yaml import EXAMPLE, load_file, shorten
 from sievert.planning import Cut, Positions
 
-LARGEST: Final = 64 * 1024
-"""Bytes of a plan file; a plan of a hundred cuts has a tenth of that."""
-
-_EXAMPLE: Final = "stages: [{selector: iwp, layer: 4, keep: 22%}]"
 _KEYS: Final = ("positions", "stages")
 _STAGE_KEYS: Final = ("selector", "layer", "keep", "options")
 
@@ -70,93 +67,47 @@ def read_plan(path: Path) -> tuple[tuple[Cut, ...], Positions]:
     Raises:
         PlanError: the file cannot be read or is no plan; the message names the file, the stage and the key.
     """
-    values = _load(path)
+    values = load_file(path)
     if not isinstance(values, dict):
-        raise PlanError(f"{path} holds no plan: write it like {_EXAMPLE}")
+        raise PlanError(f"{path} holds no plan: write it like {EXAMPLE}")
     _refuse_unknown(str(path), values, _KEYS)
     positions, stages = values.get("positions", "auto"), values.get("stages")
     if positions not in ("auto", "keep", "compact"):
-        raise PlanError(f"{path}, key 'positions': {_shorten(positions)} must be keep or compact")
+        raise PlanError(f"{path}, key 'positions': {shorten(positions)} must be keep or compact")
     if not isinstance(stages, list):
-        raise PlanError(f"{path}, key 'stages': expected a list of cuts like {_EXAMPLE}")
+        raise PlanError(f"{path}, key 'stages': expected a list of cuts like {EXAMPLE}")
+    if not stages:
+        raise PlanError(
+            f"{path}, key 'stages': no cut is listed, so nothing would be pruned: write one like {EXAMPLE}; the unpruned variant is "
+            f"{FULL!r}, which every bundle has"
+        )
     return tuple(_read_stage(f"{path}, stage {number}", stage) for number, stage in enumerate(stages, 1)), positions
 
 
 def _read_stage(where: str, stage: Any) -> Cut:
     if not isinstance(stage, dict):
-        raise PlanError(f"{where}: {_shorten(stage)} is no cut: write it like {_EXAMPLE}")
+        raise PlanError(f"{where}: {shorten(stage)} is no cut: write it like {EXAMPLE}")
     _refuse_unknown(where, stage, _STAGE_KEYS)
     if not isinstance(selector := stage.get("selector"), str):
-        raise PlanError(f"{where}, key 'selector': {'is missing' if selector is None else _shorten(selector)}: name one of `sievert list`")
+        raise PlanError(f"{where}, key 'selector': {'is missing' if selector is None else shorten(selector)}: name one of `sievert list`")
     layer, keep, options = stage.get("layer", "auto"), stage.get("keep", "auto"), stage.get("options", {})
     if layer != "auto" and type(layer) is not int:
-        raise PlanError(f"{where}, key 'layer': {_shorten(layer)} must be a whole number or auto")
+        raise PlanError(f"{where}, key 'layer': {shorten(layer)} must be a whole number or auto")
     if type(keep) not in (str, int, float):
-        raise PlanError(f"{where}, key 'keep': {_shorten(keep)} must be a share (22%), a count (64) or auto")
+        raise PlanError(f"{where}, key 'keep': {shorten(keep)} must be a share (22%), a count (64) or auto")
     return Cut(keep=str(keep), layer=layer, selector=selector, options=_read_options(where, options), source=where)
 
 
 def _read_options(where: str, options: Any) -> dict[str, Option]:
     if not isinstance(options, dict):
-        raise PlanError(f"{where}, key 'options': {_shorten(options)} must be like {{strength: 4}}")
+        raise PlanError(f"{where}, key 'options': {shorten(options)} must be like {{strength: 4}}")
     for key, value in options.items():
         if type(key) is not str or type(value) not in (bool, int, float, str):
-            raise PlanError(f"{where}, key 'options': {_shorten({key: value})} must be a name with a number, a text, true or false")
+            raise PlanError(f"{where}, key 'options': {shorten({key: value})} must be a name with a number, a text, true or false")
     return options
 
 
 def _refuse_unknown(where: str, values: dict[Any, Any], known: Sequence[str]) -> None:
     for key in values:
         if key not in known:
-            raise PlanError(f"{where}: unknown key {_shorten(key)}: choose from {', '.join(known)}")
-
-
-def _load(path: Path) -> Any:
-    """The values of a small YAML file."""
-    import yaml
-
-    try:
-        if path.exists() and not path.is_file():
-            raise PlanError(f"the plan {path} is no file: give a YAML file like {_EXAMPLE}")
-        with path.open("rb") as file:
-            data = file.read(LARGEST + 1)
-        if len(data) > LARGEST:
-            raise PlanError(f"the plan {path} has more than {LARGEST} bytes: a plan is a short list like {_EXAMPLE}")
-        text = data.decode("utf-8")
-        # An alias may stand for a thousand copies of what it names, and a key given twice hides one of the two.
-        _refuse_tricks(path, yaml.compose(text, Loader=yaml.SafeLoader))
-        return yaml.safe_load(text)
-    except OSError as error:
-        raise PlanError(f"the plan {path} cannot be read ({error.strerror or error}): give a YAML file like {_EXAMPLE}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise PlanError(f"the plan {path} is no readable YAML ({' '.join(str(error).split())}): write it like {_EXAMPLE}") from error
-
-
-def _refuse_tricks(path: Path, root: Any) -> None:
-    """Refuse a YAML tree with aliases or repeated keys.
-
-    Raises:
-        PlanError: names the line.
-    """
-    import yaml
-
-    seen: set[int] = set()
-    waiting = [] if root is None else [root]
-    while waiting:
-        node = waiting.pop()
-        where = f"the plan {path}, line {node.start_mark.line + 1}"
-        if id(node) in seen:
-            raise PlanError(f"{where}: an alias repeats this part: write it out")
-        seen.add(id(node))
-        if isinstance(node, yaml.MappingNode):
-            keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
-            if repeated := [key for key, count in keys.items() if count > 1]:
-                raise PlanError(f"{where}: the key {_shorten(repeated[0])} is given twice")
-            waiting += [part for pair in node.value for part in pair]
-        elif isinstance(node, yaml.SequenceNode):
-            waiting += node.value
-
-
-def _shorten(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+            raise PlanError(f"{where}: unknown key {shorten(key)}: choose from {', '.join(known)}")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from sievert.bundle.errors import PlanError
+from sievert.bundle.names import FULL
 from sievert.bundle.plan import Option, Plan, PositionPolicy, Stage, resolve_keep
 from sievert.bundle.profile import Profile
 from sievert.bundle.specs import Geometry
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
 
 DEFAULT_KEEP = "22%"
 DEFAULT_SELECTOR = "iwp"
-FULL = "full"
-"""The unpruned variant that every bundle has."""
 LONGEST_NAME = 64
 
 Positions = PositionPolicy | Literal["auto"]
@@ -85,25 +84,27 @@ def parse_options(pairs: Sequence[str]) -> dict[str, Option]:
     return values
 
 
-def make_plan(geometry: Geometry, cuts: Sequence[Cut], *, positions: Positions = "auto") -> Plan:
-    """The plan for a model, checked against it. No cuts give the unpruned plan.
+def make_plan(geometry: Geometry, cuts: Sequence[Cut], *, positions: Positions = "auto", images: int = 1) -> Plan:
+    """The plan for a model and prompts of ``images`` images, checked against both. No cuts give the unpruned plan.
 
     Raises:
         PlanError: a selector, option, layer or keep the model cannot take; the message says what it could.
     """
+    from sievert.graph_passes.groups import share_stage
     from sievert.graph_passes.selectors import registry
 
     stages: list[Stage] = []
+    left = (geometry.visual_tokens,) * images
     policies: set[PositionPolicy] = set()
     for cut in cuts:
         try:
             options = _read_options(cut)
-            selector, schedule = registry.make(cut.selector, options), registry.SELECTORS[cut.selector].schedule
-            for layer, requested in _place(cut, schedule, geometry):
-                keep = selector.resolve_keep(requested, geometry)
+            selector, schedule = registry.make(cut.selector, options), registry.find_schedule(cut.selector, options)
+            for layer, requested in _place(cut, schedule, geometry, images):
+                keep = selector.resolve_keep(requested, geometry, images)
                 stages.append(Stage(selector=cut.selector, layer=layer, keep=keep, requested=requested, options=options))
-                Plan(stages=tuple(stages)).check(geometry)
-                selector.check(stages[-1], geometry)
+                Plan(stages=tuple(stages)).check(geometry, images)
+                left = share_stage(selector, stages[-1], geometry, left)
         except PlanError as error:
             if not cut.source:
                 raise
@@ -115,16 +116,23 @@ def make_plan(geometry: Geometry, cuts: Sequence[Cut], *, positions: Positions =
     return Plan(stages=tuple(stages), positions=positions if positions != "auto" else (policies or {"keep"}).pop())
 
 
-def _place(cut: Cut, schedule: Schedule, geometry: Geometry) -> list[tuple[int, str]]:
+def choose_layer(schedule: Schedule, geometry: Geometry) -> int:
+    """Where a single cut is made by default: before the paper's layer, scaled, or a seventh of the depth where it cuts several times."""
+    from sievert.graph_passes.selectors.schedule import SEVENTH, scale_layers
+
+    once = SEVENTH if schedule.shares else schedule
+    # One or two layers are too few to scale to, but a cut before the last one can be made.
+    if geometry.depth < 3 and once.layers != (0,):
+        return geometry.depth - 1
+    return scale_layers(once.layers, once.depth, geometry.depth)[0]
+
+
+def _place(cut: Cut, schedule: Schedule, geometry: Geometry, images: int) -> list[tuple[int, str]]:
     """Layer and keep of every cut that is meant."""
     from sievert.graph_passes.selectors.schedule import scale_layers
 
-    if cut.layer != "auto" and (cut.keep != "auto" or not schedule.shares):
-        return [(cut.layer, DEFAULT_KEEP if cut.keep == "auto" else cut.keep.strip())]
-    if not schedule.shares:
-        # One or two layers are too few to scale to, but a cut before the last one can be made.
-        few = geometry.depth < 3 and schedule.layers != (0,)
-        layer = geometry.depth - 1 if few else scale_layers(schedule.layers, schedule.depth, geometry.depth)[0]
+    if not schedule.shares or (cut.layer != "auto" and cut.keep != "auto"):
+        layer = choose_layer(schedule, geometry) if cut.layer == "auto" else cut.layer
         return [(layer, DEFAULT_KEEP if cut.keep == "auto" else cut.keep.strip())]
     if cut.layer != "auto" or cut.keep != "auto":
         given = "keep" if cut.layer == "auto" else "layer"
@@ -134,7 +142,7 @@ def _place(cut: Cut, schedule: Schedule, geometry: Geometry) -> list[tuple[int, 
             "neither --layer nor --keep for these cuts scaled to your model, or both for one cut by its score"
         )
     layers = scale_layers(schedule.layers, schedule.depth, geometry.depth)
-    return [(layer, _write_share(share, geometry.visual_tokens)) for layer, share in zip(layers, schedule.shares, strict=True)]
+    return [(layer, _write_share(share, images * geometry.visual_tokens)) for layer, share in zip(layers, schedule.shares, strict=True)]
 
 
 def _write_share(share: float, visual_tokens: int) -> str:
@@ -155,9 +163,15 @@ def _join(parts: Iterable[object]) -> str:
 
 
 def make_profile(
-    geometry: Geometry, *, batch: int = 1, decode_batch: Size = "auto", max_text: int = 128, max_new_tokens: int = 128
+    geometry: Geometry,
+    *,
+    batch: int = 1,
+    decode_batch: Size = "auto",
+    images: int = 1,
+    max_text: int = 128,
+    max_new_tokens: int = 128,
 ) -> Profile:
-    """The profile for a model, checked against it; ``decode_batch`` ``auto`` is ``batch``.
+    """The profile for a model, checked against it; ``decode_batch`` ``auto`` is ``batch``. ``images`` are those of one prompt.
 
     Raises:
         ProfileError: a size below 1, or more positions than the model has.
@@ -165,7 +179,8 @@ def make_profile(
     profile = Profile(
         batch=batch,
         decode_batch=batch if decode_batch == "auto" else decode_batch,
-        visual_tokens=geometry.visual_tokens,
+        images=images,
+        visual_tokens=images * geometry.visual_tokens,
         max_text=max_text,
         max_new_tokens=max_new_tokens,
     )
@@ -173,10 +188,10 @@ def make_profile(
     return profile
 
 
-def name_variant(plan: Plan) -> str:
+def name_variant(plan: Plan, suffix: str = "") -> str:
     """A name that says what was asked for: ``iwp-22`` for 22 %, ``iwp-k64`` for 64 tokens, ``iwp-50-22`` for two cuts.
 
-    Where that is too long for a name it says how many cuts there are.
+    Where that is too long for a name it says how many cuts there are. ``suffix`` comes last.
     """
     parts: list[str] = []
     selector = ""
@@ -188,8 +203,8 @@ def name_variant(plan: Plan) -> str:
         parts.append(stage.requested[:-1].replace(".", "_") if share else f"k{stage.keep}")
     if plan.positions != "keep":
         parts.append(plan.positions)
-    name = re.sub(r"[^A-Za-z0-9_-]", "_", "-".join(parts)) or FULL
-    return name if len(name) <= LONGEST_NAME else f"{plan.stages[0].selector}-{len(plan.stages)}-cuts"
+    name = (re.sub(r"[^A-Za-z0-9_-]", "_", "-".join(parts)) or FULL) + suffix
+    return name if len(name) <= LONGEST_NAME else f"{plan.stages[0].selector}-{len(plan.stages)}-cuts{suffix}"
 
 
 def describe_plan(plan: Plan) -> str:
@@ -205,8 +220,9 @@ def describe_plan(plan: Plan) -> str:
 
 def describe_profile(profile: Profile) -> str:
     """The profile as command line options."""
+    images = f"--images {profile.images} " if profile.images > 1 else ""
     return (
-        f"--batch {profile.batch} --decode-batch {profile.decode_batch} --max-text {profile.max_text} "
+        f"--batch {profile.batch} --decode-batch {profile.decode_batch} {images}--max-text {profile.max_text} "
         f"--max-new-tokens {profile.max_new_tokens}"
     )
 
@@ -227,6 +243,8 @@ def _read(selector: str, key: str, value: Option, default: Option) -> Option:
     try:
         if isinstance(default, bool):
             return {"true": True, "false": False}[value.lower()]
+        if "_" in value:  # Python reads 1_00 as 100
+            raise ValueError(value)
         return type(default)(value)
     except (KeyError, ValueError):
         expected = {bool: "true or false", int: "a whole number", float: "a number"}[type(default)]

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from sievert.bundle.errors import VariantError
 from sievert.bundle.manifest import Variant
-from sievert.bundle.names import check_variant_name
+from sievert.bundle.names import FULL, check_variant_name
 from sievert.bundle.plan import Plan
 from sievert.bundle.profile import Profile
 from sievert.bundle.store import Bundle
 from sievert.plan_file import choose_cuts
-from sievert.planning import FULL, Cut, Positions, describe_plan, describe_profile, make_plan, make_profile, name_variant
+from sievert.planning import Cut, Positions, describe_plan, describe_profile, make_plan, make_profile, name_variant
 from sievert.progress import Progress, Size, silent
 
 
@@ -38,12 +38,14 @@ def prune(
     max_new_tokens: Size = "auto",
     batch: Size = "auto",
     decode_batch: Size = "auto",
+    images: Size = "auto",
     force: bool = False,
     progress: Progress = silent,
 ) -> Made:
     """Add a variant that drops visual tokens; no ``cuts`` make an unpruned one. ``plan``, or the YAML file of one, takes their place.
 
-    Sizes that are ``auto`` are those of the variant ``full``. An empty ``name`` is made from the plan, for example ``iwp-22``.
+    Sizes that are ``auto`` are those of the variant ``full``; ``images`` is how many each prompt has. An empty ``name`` is made from the
+    plan, for example ``iwp-22``, or ``iwp-22-2-images`` where ``full`` takes another number.
 
     Raises:
         PlanError, ProfileError: what is asked for does not fit the model.
@@ -54,7 +56,6 @@ def prune(
     progress("checking the bundle")
     opened = Bundle.open(bundle, verify="full")
     geometry = opened.manifest.geometry
-    checked = make_plan(geometry, cuts, positions=positions)
     full = opened.manifest.variants.get(FULL)
     defaults = full.profile if full is not None else make_profile(geometry)
     given_batch = defaults.batch if batch == "auto" else batch
@@ -62,10 +63,12 @@ def prune(
         geometry,
         batch=given_batch,
         decode_batch=(defaults.decode_batch if batch == "auto" else given_batch) if decode_batch == "auto" else decode_batch,
+        images=defaults.images if images == "auto" else images,
         max_text=defaults.max_text if max_text == "auto" else max_text,
         max_new_tokens=defaults.max_new_tokens if max_new_tokens == "auto" else max_new_tokens,
     )
-    chosen = name or name_variant(checked)
+    checked = make_plan(geometry, cuts, positions=positions, images=profile.images)
+    chosen = name or name_variant(checked, "" if profile.images == defaults.images else f"-{profile.images}-images")
     check_name(chosen, checked)
     opened.require_new_variant(chosen, force=force)
     if full is None and chosen != FULL:  # an export was interrupted before it came to that

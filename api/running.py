@@ -11,15 +11,16 @@ import numpy as np
 from PIL import Image
 
 from sievert.bundle.errors import InputError, ProfileError, VariantError
+from sievert.bundle.names import FULL
 from sievert.bundle.plan import Plan
+from sievert.bundle.specs import Geometry
 from sievert.bundle.store import Bundle
 from sievert.drawing import from_pixels
 from sievert.engines.run.dtypes import Array
 from sievert.engines.run.generate import Finish, stream
 from sievert.engines.run.pipeline import Features, Pipeline, PrefillResult
-from sievert.engines.run.prompt import PromptBatch, Prompter, load_processor
+from sievert.engines.run.prompt import Pictures, PromptBatch, Prompter, load_processor
 from sievert.engines.run.sampling import Sampling
-from sievert.planning import FULL
 from sievert.progress import Progress, Size, silent
 
 OnText = Callable[[int, str], None]
@@ -30,8 +31,8 @@ OnText = Callable[[int, str], None]
 class Answer:
     """What was said to one prompt.
 
-    ``finish`` is ``stop`` or ``length``. ``kept[s]`` are the numbers of the patches left after stage s, in the grid, row by row;
-    ``seconds`` is the time to the first token and to the last.
+    ``finish`` is ``stop`` or ``length``. ``kept[s]`` are the numbers of the patches left after stage s, in the grid, row by row, on from
+    image to image (see :func:`number_patches`); ``seconds`` is the time to the first token and to the last.
     """
 
     prompt: str
@@ -44,21 +45,21 @@ class Answer:
 
 @dataclass(frozen=True)
 class Answers:
-    """All answers about one image. ``picture`` is what the vision encoder saw; ``vision_seconds`` what looking took."""
+    """All answers about the same images. ``pictures`` are what the vision encoder saw; ``vision_seconds`` what looking took."""
 
     variant: str
     engine: str
     plan: Plan
     visual_tokens: int
     grid: tuple[int, int]
-    picture: Image.Image
+    pictures: tuple[Image.Image, ...]
     vision_seconds: float
     answers: tuple[Answer, ...]
 
 
 def run(
     bundle: str | Path,
-    image: str | Path | Image.Image,
+    image: Pictures,
     prompts: Sequence[str],
     *,
     variant: str = "",
@@ -71,10 +72,11 @@ def run(
     on_text: OnText = lambda _, __: None,
     progress: Progress = silent,
 ) -> Answers:
-    """Answer prompts about one image, whose features are computed once.
+    """Answer prompts about one image, or a list of as many as the variant takes per prompt; their features are computed once.
 
     An empty ``variant`` means the only pruned one, or ``full`` where there is none. ``max_new_tokens`` ``auto`` is what the variant
-    has room for. Without ``template`` a prompt is the model's whole input. ``temperature`` 0 takes the likeliest token.
+    has room for. Without ``template`` a prompt is the model's whole input, with an image token where each image belongs (in front, if it
+    has none). ``temperature`` 0 takes the likeliest token.
 
     Raises:
         ImageError, PromptError, ProfileError, InputError: what was given cannot be used.
@@ -96,7 +98,7 @@ def run(
     limit = profile.max_new_tokens if max_new_tokens == "auto" else max_new_tokens
     progress("loading the engine")
     with Watched(opened, name, engine) as pipeline:
-        progress("looking at the image")
+        progress("looking at the image" if profile.images == 1 else "looking at the images")
         start = time.perf_counter()
         features = pipeline.encode(batches[0].pixel_values)
         looked = time.perf_counter() - start
@@ -110,7 +112,7 @@ def run(
         plan=opened.variant(name).plan,
         visual_tokens=profile.visual_tokens,
         grid=opened.manifest.geometry.grid,
-        picture=show_pixels(opened.path, batches[0].pixel_values[0]),
+        pictures=show_pixels(opened.path, batches[0].pixel_values[0]),
         vision_seconds=looked,
         answers=tuple(answers),
     )
@@ -185,25 +187,36 @@ def answer_batch(
             finishes[piece.row] = piece.finish
             on_text(first + piece.row, "")
     kept = pipeline.last.kept_index if pipeline.last is not None else ()
-    rows, columns = pipeline.geometry.grid
-    shift = rows * columns - pipeline.geometry.visual_tokens  # a class token comes before the patches and gets a negative number
     return [
         Answer(
             prompt=prompts[first + row],
             text=texts[row],
             tokens=tuple(tokens[row]),
             finish=finishes[row],
-            kept=tuple(tuple((np.searchsorted(batch.visual_index[row], stage[row]) + shift).tolist()) for stage in kept),
+            kept=tuple(number_patches(pipeline.geometry, np.searchsorted(batch.visual_index[row], stage[row])) for stage in kept),
             seconds=(begun[row], ended[row]),
         )
         for row in range(batch.rows)
     ]
 
 
-def show_pixels(folder: Path, pixels: Array) -> Image.Image:
-    """The picture that the vision encoder sees as ``pixels[C, H, W]``."""
+def number_patches(geometry: Geometry, tokens: Array) -> tuple[int, ...]:
+    """The patches that visual tokens of a prompt stand for: 0 to P-1 in the first image, row by row, P to 2P-1 in the second, and so on.
+
+    A class token of image i, which comes before its patches, is -1 - i.
+    """
+    rows, columns = geometry.grid
+    image, token = np.divmod(tokens, geometry.visual_tokens)
+    patch = token + rows * columns - geometry.visual_tokens
+    numbers: list[int] = np.where(patch < 0, -1 - image, image * rows * columns + patch).tolist()
+    return tuple(numbers)
+
+
+def show_pixels(folder: Path, pixels: Array) -> tuple[Image.Image, ...]:
+    """The pictures that the vision encoder sees as ``pixels[C, H, W]``, or ``[M, C, H, W]`` of several."""
     images = load_processor(folder).image_processor
-    channels = len(pixels)
+    several = pixels[None] if pixels.ndim == 3 else pixels
+    channels = several.shape[1]
     normalised = bool(getattr(images, "do_normalize", True))
     mean, std = (images.image_mean, images.image_std) if normalised else ([0.0] * channels, [1.0] * channels)
-    return from_pixels(pixels, mean, std)
+    return tuple(from_pixels(each, mean, std) for each in several)

@@ -60,7 +60,7 @@ def variant_row(name: str, variant: Variant) -> tuple[str, ...]:
     """Name, what it keeps, and its sizes."""
     profile = variant.profile
     batches = str(profile.batch) if profile.batch == profile.decode_batch else f"{profile.batch} / {profile.decode_batch}"
-    keeps = escape(describe_cuts(variant.plan, profile.visual_tokens))
+    keeps = escape(describe_cuts(variant.plan, profile.visual_tokens)) + (f"; {profile.images} images" if profile.images > 1 else "")
     return name, keeps, batches, str(profile.max_text), str(profile.max_new_tokens)
 
 

@@ -1,9 +1,10 @@
 """What pruning costs the shipped model, through the ONNX Runtime engines: `python benchmarks/accuracy.py`.
 
-Every variant answers the same held-out questions (greedy, to the stop token). First each selector's options are tuned on questions
-about training digits, at most four settings each; then four tables: selectors over tokens kept at one layer, with prefill FLOPs and time;
-selectors over layers at fixed shares; and selectors over layers at equal prefill FLOPs. Intervals are paired: each variant against the
-unpruned model on the same questions. Answers are kept in `--work`, so an interrupted run goes on where it was.
+Every variant answers the same held-out questions (greedy, to the stop token). First each selector's options are tried on questions about
+training digits; the paper's stay unless others are surely better. Then three tables: selectors over tokens kept at one layer, with prefill
+FLOPs and time; selectors over layers at equal prefill FLOPs; and some over all layers at fixed shares. Differences are paired: each
+variant against the unpruned model on the same questions. Answers are kept in `--work`, so an interrupted run goes on where it was,
+as long as the code it measures is the same.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
@@ -27,9 +27,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.accuracy_arms import METHODS, Arm, Budget, Options, keep_arms, layer_arms, tuning_arms
-from benchmarks.accuracy_tables import Row, Tables, write_tables
-from benchmarks.stamp import ROOT
+from benchmarks.accuracy_arms import FULL, METHODS, Arm, Budget, Options, keep_arms, layer_arms, tuning_arms
+from benchmarks.accuracy_judge import Answers, Row, judge, median, paired
+from benchmarks.accuracy_tables import Tables, write_tables
+from benchmarks.stamp import ROOT, hash_code
 from examples.digits_lvlm.data import Item, Split, held_out
 from examples.digits_lvlm.questions import ASKED as KINDS
 from sievert.bundle.profile import Profile
@@ -38,6 +39,7 @@ from sievert.engines.run.dtypes import Array
 from sievert.engines.run.generate import generate
 from sievert.engines.run.pipeline import Features, Pipeline, PrefillResult
 from sievert.engines.run.prompt import PromptBatch, Prompter
+from sievert.eval_score import Estimate
 from sievert.exporter.export import export_model
 from sievert.exporter.write import write_bundle
 from sievert.graph_passes.flops import count_flops
@@ -45,6 +47,7 @@ from sievert.graph_passes.prune import add_variant
 
 CHECKPOINT: Final = ROOT / "examples" / "digits_lvlm" / "checkpoint"
 MEASURED: Final = (
+    "bundle",
     "graph_passes",
     "engines/run",
     "exporter",
@@ -53,6 +56,7 @@ MEASURED: Final = (
     "examples/digits_lvlm/questions.py",
     "benchmarks/accuracy.py",
     "benchmarks/accuracy_arms.py",
+    "benchmarks/accuracy_judge.py",
     "benchmarks/accuracy_tables.py",
 )
 BATCH: Final = 16
@@ -71,15 +75,6 @@ class Recording(Pipeline):
         result = super().prefill(batch, features)
         self.logits = result.logits
         return result
-
-
-@dataclass(frozen=True)
-class Answers:
-    """One arm's answers to all questions: right, the same as the unpruned model's, and KL(unpruned || arm) of the first token, nats."""
-
-    right: NDArray[np.float64]
-    same: NDArray[np.float64]
-    divergence: NDArray[np.float64]
 
 
 def prepare(folder: Path, checkpoint: Path) -> tuple[Bundle, Profile]:
@@ -168,103 +163,102 @@ def _save(path: Path, plans: str, taken: Mapping[str, list[list[float]]]) -> Non
     temporary.replace(path)
 
 
-def measure_times(bundle: Bundle, arms: Sequence[Arm], folder: Path) -> dict[str, float]:
-    """Median ratio of each arm's prefill time to the unpruned one's, over interleaved rounds on one batch of questions."""
+def measure_times(bundle: Bundle, arms: Sequence[Arm], folder: Path) -> dict[str, Estimate]:
+    """Each plan's prefill time over the unpruned one's: medians over rounds in which a method's plans and the unpruned one take turns."""
     saved = folder / "times.json"
-    names = [arm.name for arm in arms]
-    if saved.exists() and list(found := json.loads(saved.read_text())) == names:
-        return {name: float(found[name]) for name in names}
+    found: dict[str, list[float]] = json.loads(saved.read_text()) if saved.exists() else {}
     items = list(held_out(BATCH))
-    pipelines = {name: Pipeline(bundle, name) for name in names}
-    prompter = Prompter(bundle.path, bundle.manifest.geometry, bundle.variant(names[0]).profile)
+    prompter = Prompter(bundle.path, bundle.manifest.geometry, bundle.variant(FULL.name).profile)
     batch = prompter.prepare([item.image for item in items], [item.question for item in items])
-    features = {name: pipeline.encode(batch.pixel_values) for name, pipeline in pipelines.items()}
-    spent: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(TIMED_ROUNDS + 1):
-        for name, pipeline in pipelines.items():
-            start = time.perf_counter()
-            pipeline.prefill(batch, features[name])
-            if number:  # the first round warms up
-                spent[name].append(time.perf_counter() - start)
-    base = np.asarray(spent[names[0]])
-    ratios = {name: float(np.median(np.asarray(times) / base)) for name, times in spent.items()}
-    saved.write_text(json.dumps(ratios))
-    return ratios
+    plans = {arm.group: arm for arm in reversed(arms) if arm.method}  # of several draws, the first
+    for method in METHODS:
+        group = [arm for arm in plans.values() if arm.method == method.name]
+        if all(arm.group in found for arm in group):
+            continue
+        pipelines = {arm.group: Pipeline(bundle, arm.name) for arm in (FULL, *group)}
+        features = {name: pipeline.encode(batch.pixel_values) for name, pipeline in pipelines.items()}
+        spent: dict[str, list[float]] = {name: [] for name in pipelines}
+        order = np.random.default_rng(0)
+        for number in range(TIMED_ROUNDS + 1):
+            for name in order.permutation(sorted(pipelines)).tolist():
+                start = time.perf_counter()
+                pipelines[name].prefill(batch, features[name])
+                if number:  # the first round warms up
+                    spent[name].append(time.perf_counter() - start)
+        found |= {arm.group: (np.asarray(spent[arm.group]) / np.asarray(spent[FULL.group])).tolist() for arm in group}
+        saved.write_text(json.dumps(found))
+    return {name: median(np.asarray(found[name])) for name in plans}
 
 
-def judge(arm: Arm, answers: Answers, full: Answers, kinds: NDArray[np.int64]) -> Row:
-    """A paired comparison; intervals are the normal ones for the mean of per-question differences, 95 %."""
-    change = answers.right - full.right
-    count = len(change)
-    return Row(
-        arm=arm,
-        accuracy=float(answers.right.mean()),
-        difference=float(change.mean()),
-        difference_half=float(1.96 * change.std(ddof=1) / np.sqrt(count)),
-        share=float(answers.right.mean() / full.right.mean()),
-        same=float(answers.same.mean()),
-        same_half=float(1.96 * answers.same.std(ddof=1) / np.sqrt(count)),
-        divergence=float(answers.divergence.mean()),
-        divergence_half=float(1.96 * answers.divergence.std(ddof=1) / np.sqrt(count)),
-        by_kind=tuple(float(answers.right[kinds == kind].mean()) for kind in range(len(KINDS))),
-    )
+def judge_arms(arms: Sequence[Arm], found: Mapping[str, Answers], split: Split) -> list[Row]:
+    """A row for each group of arms, against the unpruned model and against IWP at the same share."""
+    full, groups = found[FULL.name], dict.fromkeys(arm.group for arm in arms)
+    kinds = np.asarray([KINDS.index(item.kind) for item in held_out(len(full.right), split=split)])
+    rivals = {(arm.keep, arm.layer): found[arm.name] for arm in arms if arm.method == METHODS[0].name}
+    common = {arm.keep: found[arm.name] for arm in reversed(arms) if arm.method == METHODS[0].name}
+    rows = []
+    for group in groups:
+        draws = [arm for arm in arms if arm.group == group]
+        iwp = rivals.get((draws[0].keep, draws[0].layer), common.get(draws[0].keep))
+        rival = None if draws[0].method in ("", METHODS[0].name) else iwp
+        rows.append(judge(draws[0], [found[arm.name] for arm in draws], full, rival, kinds, len(KINDS)))
+    return rows
 
 
 def tune(bundle: Bundle, profile: Profile, questions: int, work: Path) -> tuple[dict[str, Options], list[Row]]:
-    """Each method's best candidate on training questions (the first of equals), and what every candidate reached."""
+    """The paper's setting of each method, or the best one whose paired interval against it lies above 0; and what every setting reached."""
     arms = tuning_arms(bundle.manifest.geometry)
     add_arms(bundle, arms, profile)
     found = answer(bundle, arms, questions, work, "tune", "train")
-    kinds = _kinds(questions, "train")
-    rows = [judge(arm, found[arm.name], found["full"], kinds) for arm in arms]
     tuned: dict[str, Options] = {method.name: method.candidates[0] for method in METHODS}
     for method in METHODS:
-        tried = [row for row in rows if row.arm.method == method.name]
-        if tried:
-            best = max(range(len(tried)), key=lambda place: (tried[place].accuracy, -place))
-            tuned[method.name] = method.candidates[best]
-    return tuned, rows
-
-
-def _kinds(questions: int, split: Split) -> NDArray[np.int64]:
-    return np.asarray([KINDS.index(item.kind) for item in held_out(questions, split=split)])
+        tried = [found[arm.name].right for arm in arms if arm.method == method.name]
+        better = [place for place, right in enumerate(tried) if paired(right, tried[0]).low > 0]
+        if better:
+            tuned[method.name] = method.candidates[max(better, key=lambda place: float(tried[place].mean()))]
+    return tuned, judge_arms(arms, found, "train")
 
 
 def measure(options: argparse.Namespace, work: Path) -> None:
     """The whole benchmark."""
+    code = claim(work)
     bundle, profile = prepare(work / "bundle", options.checkpoint)
     geometry = bundle.manifest.geometry
     tuned, trials = tune(bundle, profile, options.tune_questions, work)
-    by_keep = keep_arms(geometry, tuned)
-    dynamic = {name: ir.load(bundle.graph_file(name)) for name in bundle.manifest.graphs}
-    budget = Budget(dynamic, geometry, profile)
-    others = {
-        "layer": layer_arms(geometry, tuned, range(geometry.depth)) if options.layer_questions else [],
-        "equal": budget.arms(tuned) if options.layer_questions else [],
-    }
-    add_arms(bundle, [*by_keep, *others["layer"], *others["equal"]], profile)
-    found = answer(bundle, by_keep, options.questions, work, "keep", "test")
-    rows = {"keep": [judge(arm, found[arm.name], found["full"], _kinds(options.questions, "test")) for arm in by_keep]}
-    for label, arms in others.items():
-        if arms:
-            found = answer(bundle, [by_keep[0], *arms], options.layer_questions, work, label, "test")
-            kinds = _kinds(options.layer_questions, "test")
-            rows[label] = [judge(arm, found[arm.name], found["full"], kinds) for arm in arms]
-    ratios = measure_times(bundle, by_keep, work)
-    flops = {arm.name: count_flops(ir.load(bundle.graph_file("prefill", variant=arm.name))) for arm in by_keep}
-    tables = Tables(
+    tables = {"keep": keep_arms(geometry, tuned)}
+    if options.layer_questions:
+        dynamic = {name: ir.load(bundle.graph_file(name)) for name in bundle.manifest.graphs}
+        tables |= {"equal": Budget(dynamic, geometry, profile).arms(tuned), "layer": layer_arms(geometry, tuned)}
+    rows = {}
+    for label, arms in tables.items():
+        add_arms(bundle, arms, profile)
+        questions = options.questions if label == "keep" else options.layer_questions
+        rows[label] = judge_arms(arms, answer(bundle, arms, questions, work, label, "test"), "test")
+    ratios = measure_times(bundle, tables["keep"], work)
+    flops = {arm.group: count_flops(ir.load(bundle.graph_file("prefill", variant=arm.name))) for arm in tables["keep"]}
+    if hash_code(MEASURED) != code:
+        raise SystemExit("the code was changed while it was measured: nothing was written")
+    made = Tables(
         rows=rows,
         trials=trials,
         tuned=tuned,
         times=ratios,
-        flops={name: count / flops["full"] for name, count in flops.items()},
-        questions={"keep": options.questions, "layer": options.layer_questions, "tune": options.tune_questions},
+        flops={name: count / flops[FULL.group] for name, count in flops.items()},
         visual=geometry.visual_tokens,
         depth=geometry.depth,
-        measured=MEASURED,
+        code=code,
     )
-    for path in write_tables(tables, ROOT / "docs"):
+    for path in write_tables(made, ROOT / "docs"):
         sys.stdout.write(f"made {path.relative_to(ROOT)}\n")
+
+
+def claim(work: Path) -> str:
+    """The hash of the code to measure; refuses a folder that holds answers of other code."""
+    code, mark = hash_code(MEASURED), work / "code"
+    if mark.exists() and mark.read_text() != code:
+        raise SystemExit(f"{work} holds answers of other code ({mark.read_text()}, this is {code}): remove it, or give another --work")
+    mark.write_text(code)
+    return code
 
 
 def main() -> None:

@@ -11,10 +11,14 @@ import onnx_ir as ir
 from sievert.bundle.plan import Option, Plan, Stage, resolve_keep
 from sievert.bundle.profile import Profile
 from sievert.bundle.specs import Geometry
+from sievert.graph_passes.decoder import find_decoder
+from sievert.graph_passes.finish import FixShapes
 from sievert.graph_passes.flops import count_flops
-from sievert.graph_passes.selectors.registry import SELECTORS
+from sievert.graph_passes.groups import make_cuttings
+from sievert.graph_passes.prefill import build_prefill
+from sievert.graph_passes.selectors import registry
+from sievert.graph_passes.selectors.registry import find_schedule
 from sievert.graph_passes.selectors.schedule import EMBEDDINGS, scale_layers
-from sievert.graph_passes.variant import make_variant
 
 KEEPS: Final = ("50%", "35.3%", "22.2%", "11.1%", "5%")
 FEWEST: Final = "2.5%"
@@ -28,53 +32,57 @@ Options = Mapping[str, Option]
 
 @dataclass(frozen=True)
 class Method:
-    """A selector under test. ``candidates`` are the settings tried on training questions, at most four for any method.
+    """A selector under test. ``candidates`` are settings that choose differently at the common layer, the paper's first.
 
-    ``few``: it is also asked with :data:`FEWEST` of the tokens.
+    ``few``: it is also asked with :data:`FEWEST` of the tokens. ``seeds``: so many draws, of which the mean is judged.
     """
 
     name: str
     selector: str
     candidates: tuple[Options, ...] = ({},)
     few: bool = False
+    seeds: int = 1
+
+    def layer(self, depth: int) -> int:
+        """The common layer, or 0 for what scores embeddings or the vision encoder's attention."""
+        return 0 if find_schedule(self.selector, self.candidates[0]) == EMBEDDINGS else common_layer(depth)
 
     @property
-    def fixed_layer(self) -> int | None:
-        """0 for what scores embeddings or the vision encoder's attention, None for what cuts anywhere."""
-        on_embeddings = any(options.get("on") == "embeddings" for options in self.candidates)
-        return 0 if on_embeddings or SELECTORS[self.selector].schedule == EMBEDDINGS else None
+    def cuts_anywhere(self) -> bool:
+        """Whether it may cut before any layer that has one before it."""
+        return self.layer(28) > 0
 
 
-_TEXT: Final[tuple[Options, ...]] = ({"text": "after_image"}, {"text": "all"})
-_QUERIES: Final = ("mean", "class_token")
-_STRENGTHS: Final[tuple[Options, ...]] = ({}, {"strength": 1.0}, {"strength": 10.0}, {"growth": 1})
+_QUERIES: Final[tuple[Options, ...]] = ({"queries": "mean"}, {"queries": "class_token"})
 METHODS: Final[tuple[Method, ...]] = (
-    Method("IWP, one maximum", "iwp", tuple({"head_norm": "global", **more} for more in _STRENGTHS), few=True),
-    Method("IWP, softmax per head", "iwp", tuple({"head_norm": "softmax", **more} for more in _STRENGTHS), few=True),
+    Method("IWP", "iwp", ({}, {"strength": 1.0}, {"strength": 10.0}, {"growth": 1}), few=True),
+    Method("IWP, softmax per head", "iwp", ({"head_norm": "softmax"},), few=True),
     Method("magnitude only", "magnitude", ({}, {"head_norm": "softmax"}, {"text": "all"}, {"magnitude_rotary": True}), few=True),
-    Method("TransPrune", "transprune", tuple({"weights": weights, **text} for weights in ("sequence", "image") for text in _TEXT)),
+    Method("TransPrune", "transprune", ({}, {"weights": "image"})),
     Method("FastV", "fastv"),
     Method("PyramidDrop", "pyramiddrop"),
-    Method("SparseVLM", "sparsevlm", _TEXT),
-    Method("DART", "dart", _TEXT),
-    Method("DART, embeddings", "dart", tuple({"on": "embeddings", **text} for text in _TEXT)),
+    Method("SparseVLM", "sparsevlm", ({}, {"text": "all"})),
+    Method("DART", "dart"),
+    Method("DART, embeddings", "dart", ({"on": "embeddings"},)),
     Method("DivPrune", "divprune"),
-    Method("CDPruner", "cdpruner", _TEXT),
-    Method("VisionZip", "visionzip", tuple({"queries": queries} for queries in ("class_token", "mean"))),
-    Method("FoPru", "fopru", tuple({"strategy": strategy, "queries": queries} for strategy in ("rank", "row") for queries in _QUERIES)),
-    Method("random", "random", few=True),
+    Method("CDPruner", "cdpruner", ({}, {"text": "all"})),
+    Method("VisionZip", "visionzip", tuple(reversed(_QUERIES))),
+    Method("FoPru", "fopru", _QUERIES),
+    Method("FoPru, rows", "fopru", tuple({"strategy": "row", **queries} for queries in _QUERIES)),
+    Method("random", "random", few=True, seeds=3),
     Method("uniform stride", "uniform", few=True),
 )
 SCHEDULED: Final = ("TransPrune", "PyramidDrop", "SparseVLM")
-OVER_LAYERS: Final = ("IWP, one maximum", "magnitude only", "FastV", "PyramidDrop", "DART", "random")
+OVER_LAYERS: Final = ("IWP", "magnitude only", "FastV", "random")
+AT_EQUAL_FLOPS: Final = (*OVER_LAYERS, "PyramidDrop", "DART", "DART, embeddings", "DivPrune", "CDPruner", "VisionZip", "FoPru")
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One variant under test. ``table`` says which table it belongs to, ``method`` is empty for the unpruned model."""
+    """One variant under test. ``method`` is empty for the unpruned model; arms of one ``group`` are draws of the same plan."""
 
     name: str
-    table: str
+    group: str
     method: str
     keep: str
     plan: Plan
@@ -90,6 +98,9 @@ class Arm:
         return ", ".join(str(stage.keep) for stage in self.plan.stages)
 
 
+FULL: Final = Arm("full", "full", "", "100%", Plan())
+
+
 def common_layer(depth: int) -> int:
     """The layer all methods that can choose cut before: the IWP paper's 4 of 28."""
     return scale_layers((4,), 28, depth)[0]
@@ -97,95 +108,111 @@ def common_layer(depth: int) -> int:
 
 def make_stage(selector: str, options: Options, layer: int, keep: str, geometry: Geometry) -> Stage:
     """One cut; a share becomes the count that this selector really keeps."""
-    factory = SELECTORS[selector].factory(**options)
-    return Stage(selector=selector, layer=layer, keep=factory.resolve_keep(keep, geometry), requested=keep, options=dict(options))
+    defaults = registry.options(selector)
+    given = {key: value for key, value in options.items() if value != defaults[key]}
+    keep_count = registry.make(selector, given).resolve_keep(keep, geometry)
+    return Stage(selector=selector, layer=layer, keep=keep_count, requested=keep, options=given)
 
 
-def keep_arms(geometry: Geometry, tuned: Mapping[str, Options]) -> list[Arm]:
-    """Every method at every share, at the common layer or, where it cannot choose, before layer 0. The unpruned model leads."""
-    arms = [Arm("full", "keep", "", "100%", Plan())]
-    for number, method in enumerate(METHODS):
-        layer = common_layer(geometry.depth) if method.fixed_layer is None else method.fixed_layer
-        for place, keep in enumerate((*KEEPS, FEWEST) if method.few else KEEPS):
-            stage = make_stage(method.selector, tuned[method.name], layer, keep, geometry)
-            arms.append(Arm(f"k{number}-{place}", "keep", method.name, keep, Plan(stages=(stage,))))
-    return arms
-
-
-def tuning_arms(geometry: Geometry) -> list[Arm]:
-    """Every candidate of the methods that have several."""
-    arms = [Arm("full", "tune", "", "100%", Plan())]
-    for number, method in enumerate(METHODS):
-        layer = common_layer(geometry.depth) if method.fixed_layer is None else method.fixed_layer
-        if len(method.candidates) > 1:
-            for place, options in enumerate(method.candidates):
-                stage = make_stage(method.selector, options, layer, TUNED_AT, geometry)
-                arms.append(Arm(f"t{number}-{place}", "tune", method.name, TUNED_AT, Plan(stages=(stage,))))
-    return arms
-
-
-def layer_arms(geometry: Geometry, tuned: Mapping[str, Options], layers: Sequence[int]) -> list[Arm]:
-    """The methods that cut anywhere, before each layer at two shares."""
+def _draw(
+    group: str,
+    method: Method,
+    options: Options,
+    keep: str,
+    cuts: Sequence[tuple[int, str]],
+    plan: Plan,
+    model: Geometry,
+    *,
+    draws: bool = False,
+) -> list[Arm]:
+    """An arm, or with ``draws`` one for each seed; ``plan`` says the positions, ``cuts`` are ``(layer, keep)``."""
     arms = []
-    for method in METHODS:
-        if method.name in OVER_LAYERS:
-            first = 1 if method.selector in ("fastv", "dart") else 0
-            for layer in (layer for layer in layers if layer >= first):
-                for keep in (TUNED_AT, FEWEST):
-                    stage = make_stage(method.selector, tuned[method.name], layer, keep, geometry)
-                    name = f"l{layer}-{method.selector}-{keep.strip('%').replace('.', '_')}"
-                    arms.append(Arm(name, "layer", method.name, keep, Plan(stages=(stage,))))
+    for seed in range(method.seeds if draws else 1):
+        chosen = {**options, "seed": seed} if seed else options
+        stages = tuple(make_stage(method.selector, chosen, layer, each, model) for layer, each in cuts)
+        name = f"{group}-s{seed}" if seed else group
+        arms.append(Arm(name, group, method.name, keep, plan.model_copy(update={"stages": stages})))
     return arms
+
+
+def keep_arms(model: Geometry, tuned: Mapping[str, Options]) -> list[Arm]:
+    """Every method at every share, at the common layer or, where it cannot choose, before layer 0. The unpruned model leads."""
+    arms = [FULL]
+    for number, method in enumerate(METHODS):
+        for place, keep in enumerate((*KEEPS, FEWEST) if method.few else KEEPS):
+            cuts = [(method.layer(model.depth), keep)]
+            arms += _draw(f"k{number}-{place}", method, tuned[method.name], keep, cuts, Plan(), model, draws=True)
+    return arms
+
+
+def tuning_arms(model: Geometry) -> list[Arm]:
+    """Every candidate of the methods that have several."""
+    arms = [FULL]
+    for number, method in enumerate(METHODS):
+        for place, options in enumerate(method.candidates if len(method.candidates) > 1 else ()):
+            arms += _draw(f"t{number}-{place}", method, options, TUNED_AT, [(method.layer(model.depth), TUNED_AT)], Plan(), model)
+    return arms
+
+
+def layer_arms(model: Geometry, tuned: Mapping[str, Options]) -> list[Arm]:
+    """Some methods before each layer, at two shares."""
+    arms = [FULL]
+    for method in (method for method in METHODS if method.name in OVER_LAYERS):
+        for layer in range(_first_layer(method), model.depth):
+            for place, keep in enumerate((TUNED_AT, FEWEST)):
+                arms += _draw(f"l{layer}-{method.selector}-{place}", method, tuned[method.name], keep, [(layer, keep)], Plan(), model)
+    return arms
+
+
+def _first_layer(method: Method) -> int:
+    """1 for what reads the layer before its cut."""
+    return 1 if method.selector in ("fastv", "dart") and method.cuts_anywhere else 0
 
 
 class Budget:
     """Plans of equal prefill FLOPs, the selectors' own left out: counted on graphs whose selector computes nothing."""
 
-    def __init__(self, dynamic: Mapping[str, ir.Model], geometry: Geometry, profile: Profile) -> None:
-        self._dynamic, self._geometry, self._profile = dynamic, geometry, profile
+    def __init__(self, dynamic: Mapping[str, ir.Model], model: Geometry, profile: Profile) -> None:
+        self._decoder, self._model, self._profile = find_decoder(dynamic["decoder"]), model, profile
         self._counted: dict[tuple[tuple[int, int], ...], int] = {}
-        self.target = self.count([(common_layer(geometry.depth), resolve_keep(EQUAL_TO, geometry.visual_tokens))])
+        self.target = self.count([(common_layer(model.depth), resolve_keep(EQUAL_TO, model.visual_tokens))])
 
     def count(self, cuts: Sequence[tuple[int, int]]) -> int:
         """Prefill FLOPs of cuts ``(layer, keep)``."""
         key = tuple(cuts)
         if key not in self._counted:
             stages = tuple(Stage(selector="uniform", layer=layer, keep=keep, requested=str(keep)) for layer, keep in cuts)
-            graphs = make_variant(self._dynamic, self._geometry, Plan(stages=stages), self._profile)
-            self._counted[key] = count_flops(graphs["prefill"])
+            plan = Plan(stages=stages)
+            graph = build_prefill(self._decoder, self._profile, plan, make_cuttings(plan, self._profile, self._model), self._model.grid)
+            self._counted[key] = count_flops(FixShapes()(graph).model)
         return self._counted[key]
 
     def scale_cuts(self, layers: Sequence[int], shares: Sequence[float]) -> list[tuple[int, int]] | None:
         """The cuts before ``layers``, keeping in these proportions, that come nearest to the target from below; None if none do."""
-        visual = self._geometry.visual_tokens
 
         def cuts(first: int) -> list[tuple[int, int]]:
             return [(layer, max(1, round(first * share / shares[0]))) for layer, share in zip(layers, shares, strict=True)]
 
-        low, high = 0, visual
+        low, high = 0, self._model.visual_tokens
         while low < high:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if self.count(cuts(middle)) <= self.target else (low, middle - 1)
         return cuts(low) if low else None
 
     def arms(self, tuned: Mapping[str, Options]) -> list[Arm]:
-        """The methods that cut anywhere before every layer the target allows, and the papers' own schedules scaled to it."""
-        arms: list[Arm] = []
-        depth = self._geometry.depth
+        """The methods before every layer the target allows, and the papers' own schedules, positions included, scaled to it."""
+        arms, depth = [FULL], self._model.depth
         for layer in range(depth):
             cuts = self.scale_cuts([layer], [1.0])
-            for method in METHODS:
-                fits = method.fixed_layer == layer or (method.fixed_layer is None and method.name in OVER_LAYERS)
-                if cuts is not None and fits and not (layer == 0 and method.selector in ("fastv", "dart") and method.fixed_layer is None):
-                    arms.append(self._arm(f"e{layer}-{len(arms)}", method, tuned, cuts))
-        for method in METHODS:
-            if method.name in SCHEDULED:
-                schedule = SELECTORS[method.selector].schedule
-                cuts = self.scale_cuts(scale_layers(schedule.layers, schedule.depth, depth), schedule.shares)
-                if cuts is not None:
-                    arms.append(self._arm(f"e-{method.selector}", method, tuned, cuts))
+            for method in (method for method in METHODS if method.name in AT_EQUAL_FLOPS and cuts is not None):
+                if layer >= _first_layer(method) and (layer == 0 or method.cuts_anywhere):
+                    arms += self._draw(f"e{layer}-{len(arms)}", method, tuned, cuts or [], Plan())
+        for method in (method for method in METHODS if method.name in SCHEDULED):
+            schedule = find_schedule(method.selector, tuned[method.name])
+            cuts = self.scale_cuts(scale_layers(schedule.layers, schedule.depth, depth), schedule.shares)
+            if cuts is not None:
+                arms += self._draw(f"e-{method.selector}", method, tuned, cuts, Plan(positions=schedule.positions))
         return arms
 
-    def _arm(self, name: str, method: Method, tuned: Mapping[str, Options], cuts: Sequence[tuple[int, int]]) -> Arm:
-        stages = tuple(make_stage(method.selector, tuned[method.name], layer, str(keep), self._geometry) for layer, keep in cuts)
-        return Arm(name, "equal", method.name, "equal FLOPs", Plan(stages=stages))
+    def _draw(self, group: str, method: Method, tuned: Mapping[str, Options], cuts: Sequence[tuple[int, int]], plan: Plan) -> list[Arm]:
+        return _draw(group, method, tuned[method.name], "equal FLOPs", [(layer, str(keep)) for layer, keep in cuts], plan, self._model)

@@ -40,20 +40,20 @@ class Plan(Record):
         """Tokens that layer ``layer`` no longer sees."""
         return max((visual_tokens - stage.keep for stage in self.stages if stage.layer <= layer), default=0)
 
-    def check(self, geometry: Geometry) -> None:
-        """Refuse a plan this model cannot take.
+    def check(self, geometry: Geometry, images: int = 1) -> None:
+        """Refuse a plan this model cannot take in prompts of ``images`` images.
 
         Raises:
-            PlanError: a layer or keep out of range, stages out of order, or a keep that grows.
+            PlanError: a layer or keep out of range, stages out of order, a keep that grows, or one that leaves an image without a token.
         """
-        keep, layer = geometry.visual_tokens, -1
+        total = images * geometry.visual_tokens
+        where = f"{total} visual tokens" if images == 1 else f"{total} visual tokens in {images} images, which keep at least 1 each"
+        keep, layer = total, -1
         for stage in self.stages:
             if not 0 <= stage.layer < geometry.depth:
                 raise PlanError(f"layer={stage.layer} but the decoder has {geometry.depth} layers: choose 0..{geometry.depth - 1}")
-            if not 1 <= stage.keep <= geometry.visual_tokens:
-                raise PlanError(
-                    f"keep={stage.keep} but the model has {geometry.visual_tokens} visual tokens: choose 1..{geometry.visual_tokens}"
-                )
+            if not images <= stage.keep <= total:
+                raise PlanError(f"keep={stage.keep} but the model has {where}: choose {images}..{total}")
             if stage.layer <= layer:
                 raise PlanError(f"stages cut before layers {layer} and {stage.layer}: list them in ascending order, one per layer")
             if stage.keep > keep:

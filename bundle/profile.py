@@ -11,12 +11,14 @@ from sievert.bundle.specs import Geometry, Record
 class Profile(Record):
     """Static sizes of a variant.
 
-    ``batch`` and ``decode_batch`` count rows; ``visual_tokens`` (Nv), ``max_text`` and ``max_new_tokens`` count tokens.
-    ``max_text`` is everything of the prompt that is not a visual token, template included.
+    ``batch`` and ``decode_batch`` count rows, ``images`` the images of one prompt; ``visual_tokens`` (Nv, of all its images),
+    ``max_text`` and ``max_new_tokens`` count tokens. ``max_text`` is everything of the prompt that is not a visual token, template
+    included.
     """
 
     batch: int = 1
     decode_batch: int = 1
+    images: int = 1
     visual_tokens: int
     max_text: int
     max_new_tokens: int
@@ -27,6 +29,11 @@ class Profile(Record):
             if value < 1:
                 raise ProfileError(f"{field}={value}: every size of a profile is at least 1")
         return self
+
+    @property
+    def image_tokens(self) -> tuple[int, ...]:
+        """Visual tokens of each image of a prompt, in the order of the prompt: their sum is Nv."""
+        return (self.visual_tokens // self.images,) * self.images
 
     @property
     def sequence(self) -> int:
@@ -43,13 +50,15 @@ class Profile(Record):
         Raises:
             ProfileError: more positions than the model was built for, or another count of visual tokens.
         """
-        if self.visual_tokens != geometry.visual_tokens:
+        if self.visual_tokens != self.images * geometry.visual_tokens:
+            what, give = ("an image", "gives") if self.images == 1 else (f"{self.images} images", "give")
             raise ProfileError(
-                f"the profile has {self.visual_tokens} visual tokens but an image of {geometry.image_width}x"
-                f"{geometry.image_height} pixels gives {geometry.visual_tokens} in this model"
+                f"the profile has {self.visual_tokens} visual tokens but {what} of {geometry.image_width}x{geometry.image_height} pixels "
+                f"{give} {self.images * geometry.visual_tokens} in this model"
             )
         if self.capacity() > geometry.max_positions:
             raise ProfileError(
                 f"{self.visual_tokens} visual + {self.max_text} text + {self.max_new_tokens} new tokens = {self.capacity()} "
-                f"positions, but the model has {geometry.max_positions}: lower --max-text or --max-new-tokens"
+                f"positions, but the model has {geometry.max_positions}: lower {'--images, ' if self.images > 1 else ''}--max-text or "
+                "--max-new-tokens"
             )

@@ -11,7 +11,7 @@ from typing import Final
 
 import numpy as np
 
-from sievert.bundle.errors import CalibrationError, EngineUnavailableError, ProfileError
+from sievert.bundle.errors import CalibrationError, EngineError, EngineUnavailableError, ProfileError
 from sievert.bundle.files import sha256_bytes, write_new
 from sievert.bundle.manifest import FileEntry
 from sievert.bundle.profile import Profile
@@ -159,8 +159,12 @@ class _Chain:
         vision = self.sessions["vision_encoder"]
         # Not what the session was fed last: pictures that were seen before do not reach it again.
         self._keep("vision_encoder", vision.exact({vision.inputs[0].name: batch.pixel_values}), rows)
-        features = self.pipeline.encode(batch.pixel_values)
-        first = self.pipeline.prefill(batch, features)
+        try:
+            features = self.pipeline.encode(batch.pixel_values)
+            first = self.pipeline.prefill(batch, features)
+        except EngineError:
+            self._blame(rows)
+            raise
         self._keep("embed_tokens", self.sessions["embed_tokens"].fed, rows)
         self._keep("prefill", self.sessions["prefill"].fed, rows)
         self._check("prefill", {"logits": first.logits}, rows, "gave")
@@ -195,6 +199,16 @@ class _Chain:
     def _keep(self, graph: str, fed: Mapping[str, Array], samples: Sequence[int | None], step: int = 0) -> None:
         self._check(graph, fed, samples, "was fed")
         self.store.add(graph, fed, samples, step)
+
+    def _blame(self, rows: Sequence[int | None]) -> None:
+        """Name the sample whose numbers stopped the pipeline. What a graph holds of an earlier batch was found to be finite.
+
+        Raises:
+            CalibrationError: there is one.
+        """
+        for graph in ("vision_encoder", "embed_tokens", "prefill"):
+            self._check(graph, self.sessions[graph].fed, rows, "was fed")
+            self._check(graph, self.sessions[graph].gave, rows, "gave")
 
     def _check(self, graph: str, arrays: Mapping[str, Array], samples: Sequence[int | None], how: str) -> None:
         """Every real row is finite.

@@ -124,10 +124,11 @@ def load_collection(folder: str | Path, bundle: Bundle, *, progress: Callable[[s
 
 
 def _check_model(path: Path, info: CollectionInfo, manifest: Manifest) -> None:
-    if info.profile.visual_tokens != manifest.geometry.visual_tokens:
+    images, expected = info.profile.images, info.profile.images * manifest.geometry.visual_tokens
+    if info.profile.visual_tokens != expected:
         raise CalibrationError(
-            f"{path} was collected with {info.profile.visual_tokens} visual tokens, this model has {manifest.geometry.visual_tokens}: "
-            f"{COLLECT_AGAIN}"
+            f"{path} was collected with {info.profile.visual_tokens} visual tokens, this model has {expected}"
+            f"{f' for {images} images' if images > 1 else ''}: {COLLECT_AGAIN}"
         )
     if info.model.sha256 != hash_model(manifest):
         then, now = info.model, manifest.source

@@ -20,10 +20,10 @@ SEED: Final = 0
 
 @dataclass(frozen=True)
 class Material:
-    """Samples with their images. ``source`` is the data file, None for random samples; ``template``: prompts get the chat template."""
+    """Samples with each one's images. ``source`` is the data file, None for random samples; ``template``: prompts get the chat template."""
 
     samples: tuple[SampleInfo, ...]
-    images: tuple[Path | Image.Image, ...]
+    images: tuple[tuple[Path | Image.Image, ...], ...]
     source: Path | None
     template: bool
 
@@ -61,10 +61,10 @@ def find_data(data: str | Path) -> Path:
 def use_questions(questions: Questions, *, template: bool) -> Material:
     """The user's own questions; their accepted answers are not needed."""
     samples = [
-        SampleInfo(line=question.line, image=question.image_name, image_sha256=question.image_sha256, prompt=question.prompt)
+        SampleInfo(line=question.line, images=question.names, images_sha256=question.hashes, prompt=question.prompt)
         for question in questions.questions
     ]
-    return Material(tuple(samples), tuple(question.image for question in questions.questions), questions.path, template)
+    return Material(tuple(samples), tuple(question.images for question in questions.questions), questions.path, template)
 
 
 def make_random(prompter: Prompter, folder: Path, count: int) -> Material:
@@ -73,9 +73,10 @@ def make_random(prompter: Prompter, folder: Path, count: int) -> Material:
     made = synthetic_samples(prompter, count, template=template, seed=SEED)
     samples = []
     for number, sample in enumerate(made):
-        digest = hashlib.sha256(sample.image.tobytes()).hexdigest()
-        samples.append(SampleInfo(line=0, image=f"random {number}", image_sha256=digest, prompt=sample.prompt))
-    return Material(tuple(samples), tuple(sample.image for sample in made), None, template)
+        names = tuple(f"random {number}.{place}" for place in range(len(sample.images)))
+        hashes = tuple(hashlib.sha256(image.tobytes()).hexdigest() for image in sample.images)
+        samples.append(SampleInfo(line=0, images=names, images_sha256=hashes, prompt=sample.prompt))
+    return Material(tuple(samples), tuple(sample.images for sample in made), None, template)
 
 
 def require_unchanged(questions: Questions) -> None:

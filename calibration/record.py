@@ -39,13 +39,13 @@ class DataInfo(Record):
 
 
 class SampleInfo(Record):
-    """One prompt about one image. ``line`` is its line in the data, counted from 1, or 0 for a random one; ``tokens`` were answered
-    greedily, as far as they were followed.
+    """One prompt about its images, in the order of the prompt. ``line`` is its line in the data, counted from 1, or 0 for a random one;
+    ``tokens`` were answered greedily, as far as they were followed.
     """
 
     line: int
-    image: str
-    image_sha256: str
+    images: tuple[str, ...]
+    images_sha256: tuple[str, ...]
     prompt: str
     tokens: tuple[int, ...] = ()
 
@@ -110,7 +110,7 @@ def hash_samples(samples: tuple[SampleInfo, ...]) -> str:
     """SHA-256 over the prompts and images of samples, in order."""
     digest = hashlib.sha256()
     for sample in samples:
-        digest.update(json.dumps([sample.image_sha256, sample.prompt]).encode())
+        digest.update(json.dumps([sample.images_sha256, sample.prompt]).encode())
     return digest.hexdigest()
 
 

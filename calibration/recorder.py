@@ -10,7 +10,9 @@ from sievert.engines.run.pipeline import GRAPHS
 
 
 class RecordingSession:
-    """A loaded graph. ``fed`` holds the inputs of the last run in the graph's own types; caches are among them while ``with_caches``."""
+    """A loaded graph. ``fed`` holds the inputs of the last run in the graph's own types; caches are among them while ``with_caches``.
+    ``gave`` holds its outputs, without caches.
+    """
 
     def __init__(self, session: Session, sha256: str) -> None:
         self.inputs = session.inputs
@@ -19,6 +21,7 @@ class RecordingSession:
         self.sha256 = sha256
         self.caches: tuple[Cache, ...] = ()
         self.fed: dict[str, Array] = {}
+        self.gave: dict[str, Array] = {}
         self.with_caches = False
         self._session = session
 
@@ -28,11 +31,13 @@ class RecordingSession:
         self._session.bind(caches)
 
     def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
-        """As the runtime does, and note what is fed."""
+        """As the runtime does, and note what is fed and given."""
         self.fed = self.exact(feeds)
         if self.with_caches:
             self.fed |= {cache.past: cache.buffer.numpy() for cache in self.caches}
-        return self._session.run(feeds, outputs)
+        found = self._session.run(feeds, outputs)
+        self.gave = dict(found)
+        return found
 
     def exact(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Host arrays as the graph gets them: in its own types."""

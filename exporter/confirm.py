@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from sievert.bundle.errors import GraphError
 from sievert.bundle.specs import Geometry
-from sievert.exporter.names import BATCH, DECODER, EMBED_TOKENS, SEQUENCE, VISION_ENCODER
+from sievert.exporter.names import BATCH, DECODER, EMBED_TOKENS, SEQUENCE, VISION_ENCODER, VISUAL
 
 _ADVICE = "this version of transformers, torch or onnxscript translates models differently: install the versions of constraints.txt"
 
@@ -40,11 +40,11 @@ def confirm_interface(name: str, model: ir.Model, geometry: Geometry) -> None:
         GraphError: naming the value, its shape, and the one expected.
     """
     g = geometry
-    text, image, index = (BATCH, SEQUENCE), (BATCH, g.visual_tokens, g.width), (BATCH, g.visual_tokens)
+    text, image, images = (BATCH, SEQUENCE), (BATCH, g.visual_tokens, g.width), (BATCH, VISUAL, g.width)
     hidden, cache = (BATCH, SEQUENCE, g.width), (BATCH, g.kv_heads, SEQUENCE, g.head_size)
     expected: dict[str, dict[str, tuple[int | str, ...]]] = {
         VISION_ENCODER: {"pixel_values": (BATCH, g.channels, g.image_height, g.image_width), "image_features": image},
-        EMBED_TOKENS: {"input_ids": text, "image_features": image, "visual_index": index, "inputs_embeds": hidden},
+        EMBED_TOKENS: {"input_ids": text, "image_features": images, "visual_index": (BATCH, VISUAL), "inputs_embeds": hidden},
         DECODER: {"inputs_embeds": hidden, "attention_mask": text, "position_ids": text, "logits": (BATCH, SEQUENCE, g.vocabulary)},
     }
     if name == DECODER:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnxscript import GraphBuilder
 
-from sievert.exporter.names import BATCH, EMBED_TOKENS, OPSET, PRODUCER, SEQUENCE
+from sievert.exporter.names import BATCH, EMBED_TOKENS, OPSET, PRODUCER, SEQUENCE, VISUAL
 from sievert.exporter.weights import static_shape
 
 
-def build_embed_tokens(embedding: ir.TensorProtocol, *, name: str, visual_tokens: int) -> ir.Model:
+def build_embed_tokens(embedding: ir.TensorProtocol, *, name: str) -> ir.Model:
     """``input_ids[B, S]``, ``image_features[B, Nv, D]``, ``visual_index[B, Nv]`` to ``inputs_embeds[B, S, D]``.
 
     Rows of the embedding table ``embedding[V, D]`` (initializer ``name``), then image features over the rows ``visual_index`` of each
@@ -18,8 +18,8 @@ def build_embed_tokens(embedding: ir.TensorProtocol, *, name: str, visual_tokens
     rows, width = static_shape(embedding)
     dtype = embedding.dtype
     input_ids = ir.val("input_ids", ir.DataType.INT64, (BATCH, SEQUENCE))
-    image_features = ir.val("image_features", dtype, (BATCH, visual_tokens, width))
-    visual_index = ir.val("visual_index", ir.DataType.INT64, (BATCH, visual_tokens))
+    image_features = ir.val("image_features", dtype, (BATCH, VISUAL, width))
+    visual_index = ir.val("visual_index", ir.DataType.INT64, (BATCH, VISUAL))
     graph = ir.Graph([input_ids, image_features, visual_index], [], nodes=[], opset_imports={"": OPSET}, name=EMBED_TOKENS)
     op = GraphBuilder(graph).op
     table = ir.val(name, dtype, (rows, width), const_value=embedding)

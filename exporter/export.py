@@ -79,8 +79,9 @@ def examine_checkpoint(model: str | Path, *, downloads: Path = DOWNLOADS) -> Exa
 def export_model(model: str | Path, *, dtype: DType = "float32", downloads: Path = DOWNLOADS) -> Exported:
     """Trace a checkpoint: a local folder, or a hub id that is downloaded below ``downloads`` first.
 
-    Graphs have symbolic ``batch`` and ``sequence``: ``vision_encoder`` pixel_values[B, C, H, W] to image_features[B, Nv, D];
-    ``embed_tokens`` input_ids[B, S], image_features, visual_index[B, Nv] to inputs_embeds[B, S, D]; ``decoder`` inputs_embeds,
+    Graphs have symbolic ``batch``, ``sequence`` and ``visual``: ``vision_encoder`` pixel_values[B, C, H, W] to the image_features[B, n, D]
+    of one image each; ``embed_tokens`` input_ids[B, S], image_features[B, Nv, D] of any number of images, visual_index[B, Nv] to
+    inputs_embeds[B, S, D]; ``decoder`` inputs_embeds,
     attention_mask[B, S], position_ids[B, S] to logits[B, S, V] (float32) and present.{i}.key/.value[B, G, S, d]. All else is of
     ``dtype``, ids and masks int64; with 16 bit norms, softmax and rotary tables compute in float32.
 
@@ -121,9 +122,9 @@ def _vision_encoder(loaded: PreTrainedModel, architecture: Architecture, geometr
     return model
 
 
-def _embed_tokens(loaded: PreTrainedModel, architecture: Architecture, geometry: Geometry, _: torch.dtype) -> ir.Model:
+def _embed_tokens(loaded: PreTrainedModel, architecture: Architecture, _: Geometry, __: torch.dtype) -> ir.Model:
     table = loaded.get_submodule(architecture.embedding).get_parameter("weight")
-    return build_embed_tokens(parameter_tensor(table, "table"), name="table", visual_tokens=geometry.visual_tokens)
+    return build_embed_tokens(parameter_tensor(table, "table"), name="table")
 
 
 def _decoder(loaded: PreTrainedModel, architecture: Architecture, geometry: Geometry, dtype: torch.dtype) -> ir.Model:

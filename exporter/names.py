@@ -8,6 +8,7 @@ OPSET: Final = 24
 PRODUCER: Final = "sievert"
 BATCH: Final = "batch"
 SEQUENCE: Final = "sequence"
+VISUAL: Final = "visual"
 VISION_ENCODER: Final = "vision_encoder"
 EMBED_TOKENS: Final = "embed_tokens"
 DECODER: Final = "decoder"

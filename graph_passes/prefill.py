@@ -14,7 +14,6 @@ After::
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import onnx_ir as ir
 from onnxscript import GraphBuilder
@@ -23,19 +22,11 @@ from sievert.bundle.errors import PlanError
 from sievert.bundle.plan import Plan
 from sievert.bundle.profile import Profile
 from sievert.graph_passes.decoder import Decoder, Layer
+from sievert.graph_passes.groups import Cutting, select_by_image
 from sievert.graph_passes.instance import Instance
 from sievert.graph_passes.rows import cut_rows, describe_rows, gather_rows
-from sievert.graph_passes.selectors.base import Selector, StageGeometry, StageInputs, Tap
+from sievert.graph_passes.selectors.base import StageGeometry, StageInputs, Tap
 from sievert.graph_passes.vision_scores import VISUAL_SCORES
-
-
-@dataclass(frozen=True)
-class Cutting:
-    """A stage made concrete: the selector object and how many tokens it leaves."""
-
-    selector: Selector
-    layer: int
-    keep: int
 
 
 def build_prefill(decoder: Decoder, profile: Profile, plan: Plan, cuttings: Sequence[Cutting], grid: tuple[int, int]) -> ir.Model:
@@ -96,7 +87,7 @@ class _Splice:
         stream = _name_value(build, self._segment.get(layer.residual), f"stage.{number}.residual")
         inputs = self._stage_inputs(cutting)
         build.push_module(f"select.{number}", cutting.selector.name)
-        selection = cutting.selector.select(build, inputs)
+        selection = select_by_image(build, cutting, inputs)
         _name_value(build, selection.scores, f"stage.{number}.scores")
         order = _name_value(build, selection.order, f"stage.{number}.order")
         cut = cut_rows(build, self._rows, order, cutting.keep, compact=compact, carried=selection.carried)

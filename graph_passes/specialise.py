@@ -47,3 +47,38 @@ def specialise(model: ir.Model, shapes: Mapping[str, Sequence[int]]) -> ir.Model
         add_named_output(build, whole.get(value), str(value.name))
     fixed = ir.Model(graph, ir_version=model.ir_version, producer_name="sievert")
     return FixShapes()(fixed).model
+
+
+def merge_images(model: ir.Model, batch: int, images: int) -> ir.Model:
+    """A copy of a static vision encoder of ``batch * images`` pictures that takes and gives them prompt by prompt.
+
+    Before::
+
+        pixel_values[B*M, C, H, W] -> ... -> image_features[B*M, n, D], visual_scores[B*M, n]
+
+    After::
+
+        pixel_values[B, M, C, H, W] -> ... -> image_features[B, M*n, D], visual_scores[B, M*n]
+
+    Raises:
+        GraphError: not one input, or a first axis that is not ``batch * images``.
+    """
+    source = model.graph
+    graph = ir.Graph([], [], nodes=[], opset_imports={"": 24}, name=source.name)
+    build = GraphBuilder(graph)
+    bound = {}
+    for value in source.inputs:
+        sizes = _sizes(value, source, batch * images)
+        split = build.input(str(value.name), value.dtype, [batch, images, *sizes[1:]])
+        bound[value] = build.op.Reshape(split, list(sizes))
+    whole = Instance(build, source, scope="images", bound=bound, weights={})
+    for value in source.outputs:
+        _, tokens, *rest = _sizes(value, source, batch * images)
+        add_named_output(build, build.op.Reshape(whole.get(value), [batch, images * tokens, *rest]), str(value.name))
+    return FixShapes()(ir.Model(graph, ir_version=model.ir_version, producer_name="sievert")).model
+
+
+def _sizes(value: ir.Value, graph: ir.Graph, rows: int) -> tuple[int, ...]:
+    if value.shape is None or not value.shape.is_static() or value.shape[0] != rows:
+        raise GraphError(f"{value.name!r} of {graph.name} has shape {value.shape}, expected {rows} rows of fixed size")
+    return tuple(value.shape.numpy())

@@ -7,6 +7,7 @@ from typing import Final
 
 import onnx_ir as ir
 
+from sievert.bundle.errors import ProfileError
 from sievert.bundle.plan import Plan
 from sievert.bundle.profile import Profile
 from sievert.bundle.specs import Geometry
@@ -14,9 +15,9 @@ from sievert.graph_passes.causal import prove_causal
 from sievert.graph_passes.decode import build_decode
 from sievert.graph_passes.decoder import find_decoder
 from sievert.graph_passes.finish import FixShapes
-from sievert.graph_passes.prefill import Cutting, build_prefill
-from sievert.graph_passes.selectors import registry
-from sievert.graph_passes.specialise import specialise
+from sievert.graph_passes.groups import make_cuttings
+from sievert.graph_passes.prefill import build_prefill
+from sievert.graph_passes.specialise import merge_images, specialise
 from sievert.graph_passes.vision_scores import AddVisionScores
 
 GRAPHS: Final = ("vision_encoder", "embed_tokens", "prefill", "decode")
@@ -36,24 +37,26 @@ def make_variant(
         GraphError: the decoder's structure is not one the passes know, or it is not causal at the profile's length.
     """
     profile.check(geometry)
-    plan.check(geometry)
-    cuttings = [Cutting(registry.make(stage.selector, stage.options), stage.layer, stage.keep) for stage in plan.stages]
-    for stage, cutting in zip(plan.stages, cuttings, strict=True):
-        cutting.selector.check(stage, geometry)
+    plan.check(geometry, profile.images)
+    cuttings = make_cuttings(plan, profile, geometry)
+    if profile.images > 1:
+        _check_images(dynamic["embed_tokens"])
     progress("reading the decoder")
     decoder = find_decoder(dynamic["decoder"])
     prove_causal(decoder, profile.capacity())
-    batch, length = profile.batch, profile.sequence
+    batch, length, pictures = profile.batch, profile.sequence, profile.batch * profile.images
     features = (batch, profile.visual_tokens, geometry.width)
     progress("vision_encoder")
     graphs = {
         "vision_encoder": specialise(
-            dynamic["vision_encoder"], {"pixel_values": (batch, geometry.channels, geometry.image_height, geometry.image_width)}
+            dynamic["vision_encoder"], {"pixel_values": (pictures, geometry.channels, geometry.image_height, geometry.image_width)}
         )
     }
     tap = cuttings[0].selector.vision_tap if cuttings else None
     if tap is not None:
         graphs["vision_encoder"] = FixShapes()(AddVisionScores(tap, geometry)(graphs["vision_encoder"])).model
+    if profile.images > 1:
+        graphs["vision_encoder"] = merge_images(graphs["vision_encoder"], batch, profile.images)
     progress("embed_tokens")
     graphs["embed_tokens"] = specialise(
         dynamic["embed_tokens"],
@@ -64,3 +67,14 @@ def make_variant(
     progress("decode")
     graphs["decode"] = FixShapes()(build_decode(decoder, dynamic["embed_tokens"], profile, plan)).model
     return graphs
+
+
+def _check_images(embed_tokens: ir.Model) -> None:
+    """Refuse several images where the dynamic graph takes one.
+
+    Raises:
+        ProfileError: the bundle was made before the graph left their number open.
+    """
+    for value in embed_tokens.graph.inputs:
+        if value.name == "visual_index" and value.shape is not None and isinstance(value.shape[1], int):
+            raise ProfileError("this bundle was made by a version that knew one image per prompt: export the model again")

@@ -57,8 +57,8 @@ def open_pipeline(bundle: Bundle, variant: str, engine: str, *, lowered_for: str
         if reference_selector(stage.selector, stage.options).computes:
             names += [scores_name(number), order_name(number)]
     model = ir.load(find_model(bundle, variant, "prefill", runtime, lowered_for).path)
-    content = to_bytes(expose(model, names))
-    return Pipeline(bundle, variant, runtime, lowered_for=lowered_for, prefill_model=content), True
+    graphs = {"prefill": to_bytes(expose(model, names))}
+    return Pipeline(bundle, variant, runtime, lowered_for=lowered_for, graphs=graphs), True
 
 
 def observe_prefill(pipeline: Pipeline, batch: PromptBatch, *, exposed: bool) -> Observation:

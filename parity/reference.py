@@ -33,6 +33,7 @@ from sievert.parity.record import (
     step_name,
 )
 from sievert.parity.selectors.base import Array, Index, Tap, TokenInputs, VisionTap
+from sievert.parity.selectors.images import by_image
 from sievert.parity.selectors.registry import reference_selector
 from sievert.parity.selectors.steps import ReferenceSelector
 from sievert.parity.taps import OF_STREAM, list_taps, watch_layer
@@ -41,10 +42,15 @@ from sievert.parity.vision import patch_grid, watch_vision
 
 @dataclass(frozen=True)
 class ReferenceInputs:
-    """One prompt: ``input_ids[S]`` int64 with the image's placeholders in it, ``pixel_values[3, H, W]``."""
+    """One prompt: ``input_ids[S]`` int64 with the placeholders of its images, ``pixel_values[3, H, W]``, or ``[M, 3, H, W]`` of several."""
 
     input_ids: Index
     pixel_values: NDArray[Any]
+
+    @property
+    def images(self) -> int:
+        """M: how many pictures the prompt is about."""
+        return 1 if np.ndim(self.pixel_values) == 3 else len(self.pixel_values)
 
 
 @dataclass
@@ -110,7 +116,7 @@ class Reference:
 
         Returns the state, the arrays by name (``sievert.parity.record``) and what each cut saw.
         """
-        selectors = [reference_selector(stage.selector, stage.options) for stage in plan.stages]
+        selectors = [by_image(reference_selector(stage.selector, stage.options), inputs.images) for stage in plan.stages]
         wanted = list_taps(plan, selectors, len(self.layers))
         features, hidden, seen = self._embed(inputs, [selector.vision_tap for selector in selectors if selector.vision_tap])
         arrays: dict[str, NDArray[Any]] = {VISION: _numpy(features), EMBEDDINGS: _numpy(hidden[0])}
@@ -189,11 +195,12 @@ class Reference:
     ) -> tuple[torch.Tensor, torch.Tensor, dict[VisionTap, NDArray[np.float64]]]:
         """:meth:`embed`, and what the vision encoder says meanwhile."""
         pixels = torch.from_numpy(np.asarray(inputs.pixel_values, np.float32)).to(self.rounded_to).to(self.dtype)
+        pixels = pixels[None] if pixels.ndim == 3 else pixels  # [M, 3, H, W]
         ids = torch.from_numpy(as_index(inputs.input_ids))
         projector = self.model.model.multi_modal_projector
         with watch_vision(self.model, taps) as scores, watch_outputs({"features": projector}) as seen, stop_before(self.text) as arguments:
-            self.model(input_ids=ids[None], pixel_values=pixels[None], attention_mask=torch.ones_like(ids)[None])
-        return seen["features"][0], arguments["inputs_embeds"], scores
+            self.model(input_ids=ids[None], pixel_values=pixels, attention_mask=torch.ones_like(ids)[None])
+        return seen["features"].flatten(0, 1), arguments["inputs_embeds"], scores
 
     def _look(self, walk: _Walk, number: int, kinds: Sequence[str], cache: Any = None) -> torch.Tensor:
         """Run layer ``number`` and take down ``kinds`` of it; without a cache it is only looked at, and not run where that will do."""

@@ -15,10 +15,15 @@ COLOURS = ("red", "green", "blue", "yellow", "white", "black", "purple", "orange
 
 @dataclass(frozen=True)
 class Sample:
-    """A picture and a question about it, or, without the template, the model's whole input."""
+    """A picture, or a prompt's pictures in their order, and a question; without the template, the model's whole input."""
 
-    image: Image.Image
+    image: Image.Image | tuple[Image.Image, ...]
     prompt: str
+
+    @property
+    def images(self) -> tuple[Image.Image, ...]:
+        """The pictures, also where there is one."""
+        return self.image if isinstance(self.image, tuple) else (self.image,)
 
 
 def synthetic_samples(prompter: Prompter, count: int, *, template: bool, seed: int = 0) -> tuple[Sample, ...]:
@@ -34,7 +39,7 @@ def synthetic_samples(prompter: Prompter, count: int, *, template: bool, seed: i
     samples = []
     for number in range(count):
         rng = np.random.default_rng((seed, number))
-        image = _picture(rng, prompter.geometry.image_width, prompter.geometry.image_height)
+        image = tuple(_picture(rng, prompter.geometry.image_width, prompter.geometry.image_height) for _ in range(prompter.profile.images))
         length = int(rng.integers(1, prompter.profile.max_text + 1))
         question = [words[int(place)] for place in rng.integers(0, len(words), length)]
         samples.append(Sample(image, _fitting_prompt(prompter, image, question, template)))
@@ -53,7 +58,7 @@ def _words(prompter: Prompter) -> list[str]:
     return plain[:20_000]
 
 
-def _fitting_prompt(prompter: Prompter, image: Image.Image, words: list[str], template: bool) -> str:
+def _fitting_prompt(prompter: Prompter, image: tuple[Image.Image, ...], words: list[str], template: bool) -> str:
     """The longest beginning of ``words`` that the variant takes, halving."""
     while words:
         prompt = " ".join(words)

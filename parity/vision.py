@@ -15,7 +15,7 @@ from sievert.parity.selectors.base import Array, VisionTap
 
 @contextmanager
 def watch_vision(model: Any, taps: Collection[VisionTap]) -> Iterator[dict[VisionTap, Array]]:
-    """Collect the scores ``[Nv]`` of one picture that is encoded in the block; they are there when the block has ended.
+    """Collect the scores ``[Nv]`` of a prompt's pictures that are encoded in the block; they are there when the block has ended.
 
     Raises:
         PlanError: the class token of an encoder that has none, or an encoder without such a layer.
@@ -27,9 +27,11 @@ def watch_vision(model: Any, taps: Collection[VisionTap]) -> Iterator[dict[Visio
         yield found
     for tap in taps:
         attention = attentions[tap]
-        q, k = (seen[f"{tap}.{name}"][0].double().numpy().reshape(-1, attention.num_heads, attention.head_dim) for name in ("q", "k"))
-        scores = _received(q.transpose(1, 0, 2), k.transpose(1, 0, 2), attention.scale, only_first=_reads_class_token(tower, tap))
-        found[tap] = scores[1:] if model.config.vision_feature_select_strategy == "default" else scores
+        dropped, pictures = int(model.config.vision_feature_select_strategy == "default"), list[Array]()
+        for rows in zip(*(seen[f"{tap}.{name}"].double().numpy() for name in ("q", "k")), strict=True):  # one picture after the other
+            q, k = (each.reshape(-1, attention.num_heads, attention.head_dim).transpose(1, 0, 2) for each in rows)
+            pictures.append(_received(q, k, attention.scale, only_first=_reads_class_token(tower, tap))[dropped:])
+        found[tap] = np.concatenate(pictures)
 
 
 def patch_grid(model: Any) -> tuple[int, int]:

@@ -6,7 +6,7 @@ import hashlib
 import logging
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MappingProxyType, TracebackType
 from typing import Final, Literal, Self
 
@@ -32,7 +32,7 @@ _REMEMBERED = 16  # pictures whose features are kept; a few MB each at most
 
 @dataclass(frozen=True)
 class Features:
-    """What the vision encoder says about B pictures: its outputs by name, each ``[B, ...]``."""
+    """What the vision encoder says about the pictures of B prompts: its outputs by name, each ``[B, ...]``."""
 
     values: Mapping[str, Array]
 
@@ -61,8 +61,8 @@ class Pipeline:
     is slot i of decode. Otherwise a prefilled row gets a slot by :meth:`fill`, while other slots go on.
 
     ``engine`` is a name or a configured :class:`Runtime`. ``lowered_for`` runs the ONNX files that were lowered for that engine.
-    ``prefill_model`` is an ONNX model to run instead of the variant's prefill: the same graph with more outputs. ``graphs`` are ONNX
-    models to run instead of the files of these names, which need not exist; weights are looked for in the bundle's folder.
+    ``graphs`` are ONNX models to run instead of the files of these names, which need not exist; they may give more outputs, and their
+    weights are looked for in the bundle's folder.
 
     Raises:
         VariantError: no such variant, or it has no engines of that name.
@@ -78,7 +78,6 @@ class Pipeline:
         engine: str | Runtime = "onnxruntime",
         *,
         lowered_for: str = "",
-        prefill_model: bytes | None = None,
         graphs: Mapping[str, bytes] = MappingProxyType({}),
     ) -> None:
         self.variant = bundle.variant(variant_name)
@@ -93,8 +92,6 @@ class Pipeline:
                 model = ModelFile(bundle.path / self.variant.graphs[graph].file, sha256_bytes(graphs[graph]), graphs[graph])
             else:
                 model = find_model(bundle, variant_name, graph, self.runtime, lowered_for)
-            if graph == "prefill" and prefill_model is not None:
-                model = replace(model, content=prefill_model)
             self._sessions[graph] = session = self.runtime.load(model)
             _check_interface(graph, self.variant.graphs[graph], session, strict=self.runtime.reads_onnx)
         self._prefill_caches = self._bind("prefill", None)
@@ -121,10 +118,12 @@ class Pipeline:
         self._prefill_caches = self._decode_caches = []
 
     def encode(self, pixel_values: Array) -> Features:
-        """Features of ``pixel_values[B, C, H, W]``. A picture seen before, in any row, is remembered by its content.
+        """Features of ``pixel_values[B, C, H, W]``, or ``[B, M, C, H, W]``. A row's pictures seen before, in any row, are remembered by
+        their content.
 
         Raises:
             ProfileError: another shape than the graph takes.
+            EngineError: the runtime failed, or gave numbers that are not finite.
         """
         session = self._session("vision_encoder")
         spec = session.inputs[0]
@@ -133,6 +132,12 @@ class Pipeline:
         keys = [hashlib.sha256(np.ascontiguousarray(row).tobytes()).digest() for row in pixel_values]
         if not all(key in self._seen for key in keys):
             values = session.run({spec.name: pixel_values})
+            for name, value in values.items():
+                if not np.isfinite(value).all():
+                    raise EngineError(
+                        f"vision_encoder gave NaN or infinity in {name}: a 16-bit graph overflowed or an engine is wrong, run `sievert "
+                        "check` on this variant"
+                    )
             for row, key in enumerate(keys):
                 self._seen[key] = {name: value[row].copy() for name, value in values.items()}
         rows = [self._seen[key] for key in keys]
@@ -153,10 +158,9 @@ class Pipeline:
             EngineError: the runtime failed.
         """
         if self.variant.reads_question and (row := batch.without_question()) is not None:
-            selectors = ", ".join(dict.fromkeys(stage.selector for stage in self.variant.plan.stages))
             raise PromptError(
-                f"prompt {row + 1} of {batch.rows} has no text after the image, and {selectors} keeps what that text asks for: write the "
-                "question after the image, or use the variant full"
+                f"prompt {row + 1} of {batch.rows} has no text after the image, but this variant keeps the tokens that such text asks for: "
+                "write the question after the image, or use the variant full"
             )
         if self._poisoned:
             # Prefill writes rows 0..S-1; the rest is masked until decode writes it, but a masked NaN is still NaN times zero.
@@ -170,6 +174,9 @@ class Pipeline:
         outputs = self._run("prefill", values)
         logits = outputs.pop("logits")
         kept = tuple(outputs.pop(f"kept_index.{stage}") for stage in range(len(self.variant.plan.stages)))
+        for stage, rows in enumerate(kept):
+            if (np.diff(rows, axis=1) < 1).any():  # a NaN among the scores takes tokens twice
+                raise EngineError(f"stage {stage} kept a token twice: its scores are no numbers, run `sievert check` on this variant")
         self._prefilled = batch.lengths
         if self._shared:
             for row, length in enumerate(batch.lengths):

@@ -18,6 +18,8 @@ from sievert.engines.run.images import load_image
 from sievert.engines.run.text import Detokenizer, Tokenizer
 
 Picture = Path | str | Image.Image
+Pictures = Picture | Sequence[Picture]
+"""What one prompt is about: a picture, or all of the profile's in the order of the prompt."""
 _NO_TEMPLATE: Final = "this model has no chat template: write the whole prompt yourself and turn the template off"
 
 
@@ -25,9 +27,10 @@ _NO_TEMPLATE: Final = "this model has no chat template: write the whole prompt y
 class PromptBatch:
     """Right-padded prompts for one prefill: int64, except ``pixel_values``.
 
-    ``pixel_values[B, C, H, W]`` float32, ``input_ids[B, S]``, ``attention_mask[B, S]`` (1 for real tokens), ``position_ids[B, S]``
-    (padding repeats the last real one), ``visual_index[B, Nv]`` (ascending), ``lengths`` real tokens of each row. Rows from ``rows``
-    on are copies of the last real one: a static graph always computes all B.
+    ``pixel_values[B, C, H, W]`` float32 (``[B, M, C, H, W]`` where prompts have several images), ``input_ids[B, S]``,
+    ``attention_mask[B, S]`` (1 for real tokens), ``position_ids[B, S]`` (padding repeats the last real one), ``visual_index[B, Nv]``
+    (ascending), ``lengths`` real tokens of each row. Rows from ``rows`` on are copies of the last real one: a static graph always
+    computes all B.
     """
 
     pixel_values: Array
@@ -43,7 +46,7 @@ class PromptBatch:
         return self.input_ids[row, : self.lengths[row]]
 
     def without_question(self) -> int | None:
-        """The first row whose text all stands before the image, or None."""
+        """The first row whose text all stands before its first image, or None."""
         first, visual = self.visual_index[:, 0], self.visual_index.shape[1]
         after = np.asarray(self.lengths) - first - visual
         return next((row for row in range(self.rows) if after[row] < 1), None)
@@ -63,25 +66,26 @@ class Prompter:
         self.tokenizer: Any = self._processor.tokenizer
         self.image_token: str = self.tokenizer.convert_ids_to_tokens(geometry.image_token_id)
 
-    def prepare(self, images: Sequence[Picture], prompts: Sequence[str], *, template: bool = True) -> PromptBatch:
-        """One row per prompt, about the picture at the same place; a single picture serves all prompts.
+    def prepare(self, images: Sequence[Pictures], prompts: Sequence[str], *, template: bool = True) -> PromptBatch:
+        """One row per prompt, about the picture (or the pictures) at the same place; a single place serves all prompts.
 
-        With ``template`` a prompt is a user's question; without, it is the model's whole input, and the image token is put in
-        front (after the first token, where the prompt writes that) if it holds none.
+        With ``template`` a prompt is a user's question, put behind the images; without, it is the model's whole input, with an image token
+        wherever an image belongs. Where it holds none they are put in front (after the first token, where the prompt writes that).
 
         Raises:
             ImageError: a picture that cannot be read, or that the processor does not bring to the model's size.
-            PromptError: an empty prompt, one longer than the profile's ``max_text``, or one with image tokens of its own.
-            ProfileError: no prompts, more than the profile's batch, or another number of pictures.
+            PromptError: an empty prompt, one longer than the profile's ``max_text``, or one with another number of pictures or image tokens
+                than the profile's.
+            ProfileError: no prompts, more than the profile's batch, or another number of places.
         """
         if not 1 <= len(prompts) <= self.profile.batch:
             raise ProfileError(f"{len(prompts)} prompts, but this variant takes 1..{self.profile.batch} at a time (its batch)")
         if len(images) not in (1, len(prompts)):
             raise ProfileError(f"{len(images)} images for {len(prompts)} prompts: give one for all, or one for each")
-        pictures = [load_image(image) for image in images]
+        loaded = [[load_image(image) for image in self._check_count(each)] for each in images]
         rows = [
-            self._process(picture, prompt, template)
-            for picture, prompt in zip(pictures * (len(prompts) // len(pictures)), prompts, strict=True)
+            self._process(pictures, prompt, template)
+            for pictures, prompt in zip(loaded * (len(prompts) // len(loaded)), prompts, strict=True)
         ]
         return self._pad(rows)
 
@@ -90,52 +94,66 @@ class Prompter:
         tokenizer: Tokenizer = self.tokenizer
         return Detokenizer(tokenizer)
 
+    def _check_count(self, given: Pictures) -> Sequence[Picture]:
+        """The pictures of one prompt, as many as the profile says."""
+        pictures: Sequence[Picture] = [given] if isinstance(given, Path | str | Image.Image) else given
+        if len(pictures) != self.profile.images:
+            raise PromptError(
+                f"{len(pictures)} {'image' if len(pictures) == 1 else 'images'} for a prompt, but this variant takes "
+                f"{self.profile.images} per prompt: give {self.profile.images}, or make a variant with --images {max(1, len(pictures))}"
+            )
+        return pictures
+
     def _text(self, prompt: str, template: bool) -> str:
-        """The model's input as text, with exactly one image token."""
+        """The model's input as text, with an image token for each image."""
+        images = self.profile.images
         if not prompt.strip():
             raise PromptError("the prompt is empty: ask something about the image")
         text = prompt
         if template:
-            content = [{"type": "image"}, {"type": "text", "text": prompt}]
+            content = [*[{"type": "image"}] * images, {"type": "text", "text": prompt}]
             if self._processor.chat_template is None:
                 raise PromptError(_NO_TEMPLATE)
             text = self._processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
         elif self.image_token not in prompt:
-            start = self.tokenizer.bos_token or ""
-            text = start + self.image_token + prompt[len(start) :] if prompt.startswith(start) else self.image_token + prompt
-        if (count := text.count(self.image_token)) != 1:
+            start, tokens = self.tokenizer.bos_token or "", self.image_token * images
+            text = start + tokens + prompt[len(start) :] if prompt.startswith(start) else tokens + prompt
+        if (count := text.count(self.image_token)) != images:
+            number, what = ("one", "a variant takes one image") if images == 1 else (str(images), f"this variant takes {images} images")
             raise PromptError(
-                f"the prompt has {count} image tokens ({self.image_token}), expected 1: "
-                + ("leave them out, the template places one" if template and count > 1 else "a variant takes one image per prompt")
+                f"the prompt has {count} image tokens ({self.image_token}), expected {images}: "
+                + (f"leave them out, the template places {number}" if template and count > images else f"{what} per prompt")
             )
         return text
 
-    def _process(self, picture: Image.Image, prompt: str, template: bool) -> tuple[Array, Array]:
-        """One prompt as ``input_ids[L]`` and ``pixel_values[C, H, W]``."""
+    def _process(self, pictures: Sequence[Image.Image], prompt: str, template: bool) -> tuple[Array, Array]:
+        """One prompt as ``input_ids[L]`` and ``pixel_values[C, H, W]``, or ``[M, C, H, W]`` of several images."""
         text = self._text(prompt, template)
         # Templates usually write the first token themselves; adding it again would change the model's input.
         bos = self.tokenizer.bos_token
         special = not (bos and text.startswith(bos))
         try:
-            values = self._processor(text=[text], images=[picture], add_special_tokens=special, padding=False, truncation=False)
+            values = self._processor(text=[text], images=list(pictures), add_special_tokens=special, padding=False, truncation=False)
         except ValueError as error:
-            raise ImageError(f"the processor refused an image of {picture.width}x{picture.height} pixels: {error}") from error
-        ids, pixels = np.asarray(values["input_ids"][0], np.int64), np.asarray(values["pixel_values"][0], np.float32)
+            sizes = ", ".join(f"{picture.width}x{picture.height}" for picture in pictures)
+            raise ImageError(f"the processor refused an image of {sizes} pixels: {error}") from error
+        ids, pixels = np.asarray(values["input_ids"][0], np.int64), [np.asarray(each, np.float32) for each in values["pixel_values"]]
         shape = (self.geometry.channels, self.geometry.image_height, self.geometry.image_width)
-        if pixels.shape != shape:
-            raise ImageError(
-                f"an image of {picture.width}x{picture.height} pixels became {pixels.shape} (channels, height, width) in the model's "
-                f"processor, expected {shape}: resize it to {shape[2]}x{shape[1]}"
-            )
-        visual = int(np.count_nonzero(ids == self.geometry.image_token_id))
-        if visual != self.geometry.visual_tokens:
-            raise PromptError(f"the processor wrote {visual} image tokens, but the model has {self.geometry.visual_tokens} visual tokens")
+        for picture, seen in zip(pictures, pixels, strict=True):
+            if seen.shape != shape:
+                raise ImageError(
+                    f"an image of {picture.width}x{picture.height} pixels became {seen.shape} (channels, height, width) in the model's "
+                    f"processor, expected {shape}: resize it to {shape[2]}x{shape[1]}"
+                )
+        visual, expected = int(np.count_nonzero(ids == self.geometry.image_token_id)), len(pictures) * self.geometry.visual_tokens
+        if visual != expected:
+            raise PromptError(f"the processor wrote {visual} image tokens, but the model has {expected} visual tokens")
         if (words := len(ids) - visual) > self.profile.max_text:
             raise PromptError(
                 f"the prompt has {words} text tokens, template included, but this variant takes {self.profile.max_text}: shorten it, "
                 "or make a variant with a larger --max-text"
             )
-        return ids, pixels
+        return ids, pixels[0] if len(pixels) == 1 else np.stack(pixels)
 
     def _pad(self, rows: Sequence[tuple[Array, Array]]) -> PromptBatch:
         B, S = self.profile.batch, self.profile.sequence

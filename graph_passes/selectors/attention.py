@@ -32,23 +32,19 @@ def attend_mean(op: Op, inputs: StageInputs, layer: int, weights: ir.Value) -> i
     rows = other_rows(op, inputs)  # [B, T]
     weights = gather_columns(op, weights, rows)
     share = op.Div(weights, op.Max(op.ReduceSum(weights, [1], keepdims=1), 1.0))
-    attention = _attend(op, inputs, layer, rows, count_others(inputs))  # [B, T, S]
+    attention = _attend(op, inputs, layer, rows, inputs.geometry.others)  # [B, T, S]
     mean = op.Squeeze(op.MatMul(op.Unsqueeze(share, [1]), attention), [1])  # [B, S]
     return gather_columns(op, mean, inputs.visual_index)
 
 
-def count_others(inputs: StageInputs) -> int:
-    """T: how many rows are not visual, text and padding together."""
-    return inputs.geometry.sequence - inputs.geometry.visual
-
-
 def other_rows(op: Op, inputs: StageInputs) -> ir.Value:
-    """The rows that are not visual, ascending: [B, T] int64.
+    """The rows that are no image's, ascending: [B, T] int64.
 
     Before visual token i stand ``visual_index[i] - i`` others, so other m comes after all the visual tokens where that is m or less.
     """
-    others = op.Range(0, count_others(inputs), 1)  # [T]
-    before = op.Sub(inputs.visual_index, op.Range(0, inputs.geometry.visual, 1))  # [B, Nv]
+    g, visual = inputs.geometry, inputs.visual_index if inputs.all_visual_index is None else inputs.all_visual_index
+    others = op.Range(0, g.others, 1)  # [T]
+    before = op.Sub(visual, op.Range(0, g.visual + g.other_images, 1))  # [B, Nv]
     passed = op.LessOrEqual(op.Unsqueeze(before, [1]), op.Unsqueeze(others, [1]))  # [B, T, Nv]
     count = op.ReduceSum(op.Cast(passed, to=FLOAT), [2], keepdims=0)
     return op.Add(op.Cast(count, to=ir.DataType.INT64), others)
@@ -60,7 +56,7 @@ def gather_columns(op: Op, values: ir.Value, columns: ir.Value) -> ir.Value:
 
 
 def mask_softmax(op: Op, logits: ir.Value, allowed: ir.Value) -> ir.Value:
-    """Softmax over the last axis of ``logits`` where ``allowed`` (bool, broadcast), 0 elsewhere; even where nothing is allowed."""
+    """Softmax over the last axis of ``logits`` where ``allowed`` (bool, broadcast), 0 elsewhere; finite even where nothing is allowed."""
     return op.Softmax(op.Where(allowed, logits, LOWEST), axis=-1)
 
 

@@ -17,6 +17,7 @@ from sievert.bundle.errors import PlanError
 from sievert.bundle.plan import Stage, resolve_keep
 from sievert.bundle.specs import Geometry
 from sievert.graph_passes.selectors.options import check_values
+from sievert.graph_passes.selectors.schedule import Schedule
 
 TapKind = Literal[
     "q",  # [B, H, S, d] before rotary, after any q norm
@@ -84,7 +85,8 @@ class VisionTap:
 class StageGeometry:
     """Static numbers of one stage. ``sequence`` (S) and ``visual`` (Nv) are what *enters* it; ``keep`` (K) what it leaves.
 
-    ``original_visual`` is the model's number of visual tokens, before any cut; ``since`` the layer of the previous cut, 0 if there is none.
+    ``original_visual`` is the image's number of visual tokens, before any cut; ``since`` the layer of the previous cut, 0 if there is none.
+    ``other_images`` counts rows of the sequence that are visual tokens of other images, which are ranked by themselves.
     """
 
     layer: int
@@ -100,6 +102,12 @@ class StageGeometry:
     grid: tuple[int, int]
     original_visual: int
     since: int = 0
+    other_images: int = 0
+
+    @property
+    def others(self) -> int:
+        """T: how many rows are no image's, text and padding together."""
+        return self.sequence - self.visual - self.other_images
 
 
 @dataclass(frozen=True)
@@ -107,10 +115,11 @@ class StageInputs:
     """Values the splice hands to a selector.
 
     ``visual_index[B, Nv]`` int64, ascending rows of the stage's sequence; ``original_index[B, Nv]`` the same tokens' number among
-    the model's visual tokens (0..Nv-1 before any cut); ``text[B, S]`` bool, real text after the first visual token;
+    the image's visual tokens (0..Nv-1 before any cut); ``text[B, S]`` bool, real text after the prompt's first visual token;
     ``all_text[B, S]`` bool, all real text; ``real[B, S]`` bool, everything but padding, which stands at the end. ``taps`` have the
     model's dtype. ``inputs_embeds[B, S, D]`` is gathered along like a tap. ``carried`` holds the values that earlier stages left, gathered
-    likewise; ``visual_scores[B, Nv]`` float32 is there where the selector has a vision tap.
+    likewise; ``visual_scores[B, Nv]`` float32 is there where the selector has a vision tap. ``all_visual_index`` are the rows of all
+    images, where ``visual_index`` is one of several.
     """
 
     geometry: StageGeometry
@@ -123,6 +132,7 @@ class StageInputs:
     taps: Mapping[Tap, ir.Value]
     carried: Mapping[str, ir.Value]
     visual_scores: ir.Value | None = None
+    all_visual_index: ir.Value | None = None
 
     def require_visual_scores(self) -> ir.Value:
         """``visual_scores``, for a selector with a vision tap.
@@ -162,6 +172,11 @@ class Selector(ABC):
         return None
 
     @property
+    def own_schedule(self) -> Schedule | None:
+        """Where it cuts with these options, if that is not where the registry says."""
+        return None
+
+    @property
     def reads_question(self) -> bool:
         """Whether it is guided by the text after the image, so that a prompt without any cannot be pruned: the option ``text`` tells."""
         return getattr(self, "text", "") == "after_image"
@@ -182,13 +197,13 @@ class Selector(ABC):
         if self.vision_tap is not None:
             self.vision_tap.check(self.name, stage, model)
 
-    def resolve_keep(self, requested: str, model: Geometry) -> int:
-        """``22%`` or a count as the number of tokens that are really kept.
+    def resolve_keep(self, requested: str, model: Geometry, images: int = 1) -> int:
+        """``22%`` or a count as the number of tokens that are really kept, of all ``images`` together.
 
         Raises:
             PlanError: neither form, out of range, or a count this selector cannot make.
         """
-        return resolve_keep(requested, model.visual_tokens)
+        return resolve_keep(requested, images * model.visual_tokens)
 
     @abstractmethod
     def select(self, build: GraphBuilder, inputs: StageInputs) -> Selection:

@@ -57,7 +57,7 @@ def _scale_relevance(op: Op, cosines: ir.Value) -> ir.Value:
 def _take_greedily(build: GraphBuilder, g: StageGeometry, kernel: ir.Value, scores: ir.Value) -> ir.Value:
     """Greedy MAP, a row of the Cholesky factor a step: order [B, K].
 
-    ``gains[B, 1, Nv]`` is what each token would multiply the determinant by; a taken one stands at -1 or below, where no gain can be.
+    ``gains[B, 1, Nv]`` is what each token would multiply the determinant by; a taken one stands at -1, where no gain can be.
     """
     op: Op = build.op
     gains = op.Unsqueeze(scores, [1])
@@ -74,6 +74,9 @@ def _take_greedily(build: GraphBuilder, g: StageGeometry, kernel: ir.Value, scor
                 own = op.GatherElements(factor, op.Expand(place, [g.batch, step, 1]), axis=2)  # [B, step, 1]
                 row = op.Sub(row, op.MatMul(op.Reshape(own, [g.batch, 1, step]), factor))
             row = op.Div(row, op.Sqrt(op.Max(gain, LEAST_GAIN)))
+            # No entry is larger than the root of its token's gain. Held to that, rounding cannot grow where the gains are used up.
+            limit = op.Sqrt(op.Max(gains, 0.0))
+            row = op.Max(op.Min(row, limit), op.Neg(limit))
             gains = op.ScatterElements(op.Sub(gains, op.Mul(row, row)), place, mark, axis=2)
             factor = row if factor is None else op.Concat(factor, row, axis=1)
         build.pop_module()

@@ -18,6 +18,7 @@ from sievert.graph_passes.selectors.base import Selection, Selector, StageGeomet
 from sievert.graph_passes.selectors.cosine import gather_rows, multiply_rows, normalise_rows
 from sievert.graph_passes.selectors.options import choice
 from sievert.graph_passes.selectors.rank import Op, cast_float, limit_topk, take_best, take_outputs
+from sievert.graph_passes.selectors.schedule import EMBEDDINGS, Schedule
 
 PIVOTS = 4  # of each kind
 
@@ -34,6 +35,11 @@ class Dart(Selector):
     text: Literal["after_image", "all"] = choice("after_image", "all")
 
     name: ClassVar[str] = "dart"
+
+    @property
+    def own_schedule(self) -> Schedule | None:
+        """On embeddings nothing has to run first: before layer 0."""
+        return EMBEDDINGS if self.on == "embeddings" else None
 
     @property
     def reads_question(self) -> bool:
@@ -75,7 +81,7 @@ class Dart(Selector):
             return Selection(first, scores, {})
         build.push_module("pivots")
         rows = op.GatherElements(inputs.visual_index, first, axis=1)  # [B, 4]
-        texts = min(PIVOTS, g.sequence - g.visual)
+        texts = min(PIVOTS, g.others)
         found = op.Expand(0, [g.batch])  # [B] text pivots of each sample
         if texts:
             text = inputs.text if self.text == "after_image" else inputs.all_text

@@ -42,15 +42,18 @@ class FoPru(Selector):
         if self.strategy == "row":
             self._check_rows(stage.keep, model)
 
-    def resolve_keep(self, requested: str, model: Geometry) -> int:
-        """As the other selectors under ``rank``. Under ``row`` a percentage is of the grid's rows, and a count is one of whole rows."""
+    def resolve_keep(self, requested: str, model: Geometry, images: int = 1) -> int:
+        """As the other selectors under ``rank``. Under ``row`` a percentage is of the grid's rows, and a count is one of whole rows.
+
+        Of several images each keeps the same number of rows.
+        """
         rows, columns = model.grid
         if self.strategy == "row" and requested.strip().endswith("%"):
-            keep = resolve_keep(requested, rows) * columns
+            keep = resolve_keep(requested, rows) * columns * images
         else:
-            keep = super().resolve_keep(requested, model)
+            keep = super().resolve_keep(requested, model, images)
         if self.strategy == "row":
-            self._check_rows(keep, model)
+            self._check_rows(keep, model, images)
         return keep
 
     def largest_topk(self, visual: int, keep: int) -> int:  # noqa: ARG002 (no TopK over all tokens)
@@ -71,15 +74,16 @@ class FoPru(Selector):
         spread = op.Reshape(op.Expand(sums, [g.batch, rows, columns]), [g.batch, g.visual])
         return Selection(order, spread, {})
 
-    def _check_rows(self, keep: int, model: Geometry) -> None:
+    def _check_rows(self, keep: int, model: Geometry, images: int = 1) -> None:
         rows, columns = model.grid
         if model.visual_tokens != rows * columns:
             raise PlanError(
                 f"selector fopru: strategy=row keeps whole rows of the {rows} x {columns} patches, but the model has {model.visual_tokens} "
                 "visual tokens (a class token kept, or a patch dropped): use strategy=rank"
             )
-        if keep % columns:
-            nearest = max(1, round(keep / columns)) * columns
+        if keep % (least := columns * images):
+            nearest = max(1, round(keep / least)) * least
+            of = f" in each of {images} images" if images > 1 else ""
             raise PlanError(
-                f"keep={keep} but strategy=row keeps whole rows of {columns} tokens: choose a multiple of {columns}, such as {nearest}"
+                f"keep={keep} but strategy=row keeps whole rows of {columns} tokens{of}: choose a multiple of {least}, such as {nearest}"
             )

@@ -58,7 +58,7 @@ SELECTORS: Final[Mapping[str, Entry]] = MappingProxyType(
         "sparsevlm": Entry(
             SparseVlm,
             "what the text tokens that speak of the image attend to, at each of three cuts",
-            Schedule(32, (2, 6, 15), (300 / 576, 200 / 576, 110 / 576)),
+            Schedule(32, (3, 7, 16), (300 / 576, 200 / 576, 110 / 576)),
             paper="arXiv:2410.04417",
         ),
         "transprune": Entry(
@@ -91,6 +91,15 @@ def options(name: str) -> dict[str, Option]:
         PlanError: no such selector.
     """
     return list_options(_find_entry(name).factory)
+
+
+def find_schedule(name: str, options: Mapping[str, Option]) -> Schedule:
+    """Where the selector ``name`` with ``options`` cuts by default.
+
+    Raises:
+        PlanError: as :func:`make`.
+    """
+    return make(name, options).own_schedule or SELECTORS[name].schedule
 
 
 def _find_entry(name: str) -> Entry:

@@ -13,8 +13,9 @@ from onnxscript import GraphBuilder
 
 from sievert.graph_passes.selectors.attention import attend_mean, gather_columns, mask_softmax, other_rows
 from sievert.graph_passes.selectors.base import Selection, Selector, StageInputs, Tap
+from sievert.graph_passes.selectors.cosine import gather_rows
 from sievert.graph_passes.selectors.options import choice
-from sievert.graph_passes.selectors.rank import FLOAT, Op, cast_float, limit_topk, take_best
+from sievert.graph_passes.selectors.rank import FLOAT, Op, limit_topk, take_best
 
 RATERS: Final = "raters"
 
@@ -50,7 +51,7 @@ class SparseVlm(Selector):
         rows = other_rows(op, inputs)  # [B, T]
         text = op.Cast(inputs.text if self.text == "after_image" else inputs.all_text, to=FLOAT)  # [B, S]
         text = gather_columns(op, text, rows)  # [B, T]
-        visual, words = (_gather_stream(op, inputs.inputs_embeds, index) for index in (inputs.visual_index, rows))
+        visual, words = (gather_rows(op, inputs.inputs_embeds, index) for index in (inputs.visual_index, rows))
         is_text = op.Greater(text, 0.0)
         similarity = op.MatMul(visual, op.Transpose(words, perm=[0, 2, 1]))  # [B, Nv, T]
         share = op.ReduceMean(mask_softmax(op, similarity, op.Unsqueeze(is_text, [1])), [1], keepdims=0)  # [B, T]
@@ -60,8 +61,3 @@ class SparseVlm(Selector):
         some = op.ReduceMax(above, [1], keepdims=1)  # a single text token is not above its own mean
         raters = op.Max(above, op.Mul(text, op.Sub(1.0, some)))
         return op.ScatterElements(op.Expand(0.0, [g.batch, g.sequence]), rows, raters, axis=1)
-
-
-def _gather_stream(op: Op, stream: ir.Value, rows: ir.Value) -> ir.Value:
-    """Rows ``rows[B, n]`` of ``stream[B, S, D]``: [B, n, D] float32."""
-    return cast_float(op, op.GatherND(stream, op.Unsqueeze(rows, [2]), batch_dims=1))

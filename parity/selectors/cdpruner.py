@@ -32,6 +32,9 @@ class CdPruner(ReferenceSelector):
             (new,) = yield Step(1, Scores(variance, variance - allowed, variance + allowed, 2 * steepness))
             bound.take(new, defined=bool(variance[new] - allowed[new] >= _LEAST))
             part = (kernel[new] - parts[:, new] @ parts) / np.sqrt(max(variance[new], _LEAST))
+            # Cauchy and Schwarz: a part is no longer than what is left of its token. Without it rounding explodes once nothing is left.
+            left = np.sqrt(np.maximum(variance, 0))
+            part = np.clip(part, -left, left)
             parts = np.vstack([parts, part])
             variance = variance - part**2
 

@@ -161,6 +161,12 @@ def test_run_refuses_prompts_and_options(shared: Path, picture: Path, options: t
     refused("run", shared, "--image", picture, *options, says=says)
 
 
+def test_run_refuses_a_prompt_without_a_question_where_it_guides_the_choice(shared: Path, picture: Path):
+    asked = ("run", shared, "--image", picture, "--prompt", f"{ASK} <image>", "--raw-prompt", "--max-new-tokens", 1)
+    refused(*asked, says=("prompt 1 of 1 has no text after the image", "write the question after the image", "variant full"), keeps=shared)
+    assert sievert(*asked, "--variant", "full").code == 0
+
+
 def test_run_asks_which_variant_is_meant(bundle: Path, picture: Path):
     assert sievert("prune", bundle, "--keep", 3).code == 0
     refused("run", bundle, "--image", picture, "--prompt", ASK, says=("several pruned variants", "full, iwp-22, iwp-k3"))

@@ -193,7 +193,7 @@ def test_list_and_doctor_show_the_choices_and_the_machine():
     for name, cuts in (
         ("iwp", "before 5: your --keep"),
         ("pyramiddrop", "before 8, 16, 24: 50%, 25%, 12.5%,"),
-        ("sparsevlm", "before 2, 6, 15: 52.08%, 34.72%, 19.1%"),
+        ("sparsevlm", "before 3, 7, 16: 52.08%, 34.72%, 19.1%"),
         ("divprune", "arXiv:"),
     ):
         (line,) = [line for line in listed.out.splitlines() if line.split()[:1] == [name]]

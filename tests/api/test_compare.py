@@ -54,6 +54,24 @@ def test_a_scheduled_selector_makes_one_cut_where_both_are_given(shared: Path, p
     assert [(stage.layer, stage.keep) for stage in found.compared[0].plan.stages] == [(2, 4)] and len(found.compared[0].kept) == 4
 
 
+def test_one_keep_is_one_cut_and_one_budget_for_every_selector(shared: Path, picture: Path):
+    found = package.compare_selectors(shared, picture, ASK, keep="25%", max_new_tokens=1)
+    cuts = {each.selector: [(stage.layer, stage.keep) for stage in each.plan.stages] for each in found.compared}
+    assert cuts.keys() == SELECTORS.keys() and not found.refused
+    assert {keep for stages in cuts.values() for _, keep in stages} == {4} and {len(stages) for stages in cuts.values()} == {1}
+    assert cuts["pyramiddrop"] == cuts["sparsevlm"] == cuts["transprune"] == cuts["iwp"] == [(1, 4)]
+    assert {each.plan.positions for each in found.compared} == {"keep"}
+    assert "seventh of the depth" in " ".join(sievert("compare-selectors", "--help").out.replace("│", " ").split())
+
+
+def test_a_prompt_without_a_question_is_a_reason_not_the_end(shared: Path, picture: Path):
+    found = package.compare_selectors(shared, picture, f"{ASK} <image>", template=False, max_new_tokens=1)
+    assert {"uniform", "divprune", "visionzip"} <= {each.selector for each in found.compared}
+    assert "no text after the image" in found.refused["iwp"] and found.answer is not None
+    options = ("--raw-prompt", "--max-new-tokens", 1, "--selectors", "iwp")
+    refused("compare-selectors", shared, "--image", picture, "--prompt", f"{ASK} <image>", *options, says="no text after the image")
+
+
 def test_show_kept_draws_every_stage_of_any_selector(bundle: Path, picture: Path, tmp_path: Path):
     cuts = [package.Cut("50%", 0, "visionzip"), package.Cut("25%", 1, "pyramiddrop"), package.Cut("2", 3, "sparsevlm")]
     made = package.prune(bundle, cuts=cuts)
@@ -74,7 +92,7 @@ def test_show_kept_draws_every_stage_of_any_selector(bundle: Path, picture: Path
         (("--keep", "99", "--layer", 1), "choose 1..16"),
         (("--layer", "first"), ("--layer 'first'", "auto")),
         (("--selectors", "iwp", "--layer", 4), ("layer=4", "choose 0..3")),
-        (("--selectors", "pyramiddrop", "--keep", "4"), "neither --layer nor --keep"),
+        (("--selectors", "pyramiddrop", "--layer", "1"), "neither --layer nor --keep"),
         (("--selectors", "fastv,visionzip", "--layer", 0, "--keep", "0%"), "above 0%"),
         (("--out", "compare.jpg"), ".png"),
         (("--out", "no/folder/compare.png"), "no folder"),
@@ -82,10 +100,12 @@ def test_show_kept_draws_every_stage_of_any_selector(bundle: Path, picture: Path
         (("--prompt", "w1 " * 40), "this variant takes 24"),
         (("--max-new-tokens", 9), ("max_new_tokens=9", "1..8")),
         (("--image", "missing.png"), "does not exist"),
+        (("--image", "one.png", "--image", "two.png"), "2 images for a prompt, but this variant takes 1 per prompt"),
     ],
 )
 def test_compare_refuses_what_it_cannot_try(shared: Path, picture: Path, tmp_path: Path, options: tuple[object, ...], says: str):
-    given = ["--image", picture, "--prompt", ASK, "--out", tmp_path / "compare.png", *options]
+    image = () if "--image" in options else ("--image", picture)
+    given = [*image, "--prompt", ASK, "--out", tmp_path / "compare.png", *options]
     refused("compare-selectors", shared, *given, says=says, keeps=shared)
     assert list(tmp_path.iterdir()) == []
 
@@ -99,6 +119,6 @@ def test_graphs_in_memory_are_for_runtimes_that_read_onnx(shared: Path):
 
 def test_tiles_are_dimmed_where_patches_were_dropped():
     white = Image.new("RGB", (32, 32), "white")
-    drawn = np.asarray(draw_tiles(white, (2, 2), ASK, [Tile("all", "x", None), Tile("one", "y", frozenset({3}))]))
+    drawn = np.asarray(draw_tiles([white], (2, 2), ASK, [Tile("all", "x", None), Tile("one", "y", frozenset({3}))]))
     bright = (drawn == 255).all(axis=2)
     assert 448 * 448 < bright.sum() < 448 * 448 * 1.26

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +13,10 @@ import pytest
 from PIL import Image
 
 import sievert as package
-from sievert.calibration.questions import normalise
+from sievert.bundle.errors import InputError
+from sievert.calibration.questions import Asked, normalise
 from sievert.engines.run.pipeline import Pipeline
-from sievert.eval_journal import Journal
+from sievert.eval_journal import Journal, Said
 from sievert.eval_score import estimate_change, estimate_share
 from tests.api.conftest import content, sievert
 from tests.api.test_bad_input import png_of_claimed_size, refused
@@ -94,11 +96,11 @@ def test_an_interrupted_eval_goes_on_where_it_was(bundle: Path, data: Path, tmp_
     added = 0
     real = Journal.add
 
-    def add(journal: Journal, variant: str, answers: Any) -> None:
+    def add(journal: Journal, *given: Any) -> int:
         nonlocal added
         if (added := added + 1) == 4:
             raise KeyboardInterrupt
-        real(journal, variant, answers)
+        return real(journal, *given)
 
     with monkeypatch.context() as patch:
         patch.setattr(Journal, "add", add)
@@ -160,42 +162,145 @@ def test_variants_that_do_not_fit_the_memory_together_go_one_after_the_other(
     assert (most, len(looked), alone.scores) == (1, 4, together.scores)
 
 
-def _other_data(bundle: Path, data: Path) -> None:
-    accept(data, 0, "yes")
+def _append(data: Path, **line: Any) -> None:
+    with data.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def _keep_lines(data: Path, *lines: int) -> None:
+    texts = [text for text in data.read_text().split("\n") if text]
+    data.write_text("\n".join(texts[line] for line in lines) + "\n")
 
 
 def _other_image(bundle: Path, data: Path) -> None:
     Image.new("RGB", (8, 8)).save(data.parent / "a.png")
 
 
+def _renamed_image(bundle: Path, data: Path) -> None:
+    (data.parent / "a.png").rename(data.parent / "c.png")
+    data.write_text(data.read_text().replace("a.png", "c.png"))
+
+
 def _other_variant(bundle: Path, data: Path) -> None:
     package.prune(bundle, cuts=[package.Cut(keep="50%")], name="iwp-22", force=True)
 
 
-def _damage(bundle: Path, data: Path) -> None:
-    path = bundle.parent / "out" / "answers.jsonl"
-    path.write_text(path.read_text().replace('"tokens"', '"tokes"'))
+@pytest.mark.parametrize(
+    ("change", "options", "asked"),
+    [
+        (lambda _, data: accept(data, 0, "yes"), {}, 0),
+        (lambda _, data: _keep_lines(data, 4, 0), {}, 0),
+        (lambda _, data: _append(data, image="a.png", prompt=PROMPTS[0], answer="yes"), {}, 0),  # asked before, elsewhere in the file
+        (_renamed_image, {}, 0),
+        (lambda _, data: _append(data, image="b.png", prompt=PROMPTS[0]), {}, 2),
+        (lambda *_: None, {"samples": 2}, 0),
+        (_other_image, {}, 2 * 3),
+        (_other_variant, {}, 5),
+        (lambda *_: None, {"max_new_tokens": 2}, 2 * 5),
+    ],
+    ids=["answers", "fewer lines", "a line twice", "renamed", "a line more", "fewer samples", "another image", "another variant", "longer"],
+)
+def test_only_what_was_never_asked_is_asked(
+    bundle: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[Path, Path], object],
+    options: dict[str, Any],
+    asked: int,
+):
+    """An answer belongs to an image's bytes, a prompt, what is run, and the settings; accuracy is that of the data as it is now."""
+    package.evaluate(bundle, data, max_new_tokens=1, out=tmp_path / "out")
+    change(bundle, data)
+    calls: list[int] = []
+    counted: list[tuple[int, int]] = []
+    count_calls(monkeypatch, "prefill", calls)
+    found = package.evaluate(
+        bundle, data, **{"max_new_tokens": 1, **options}, out=tmp_path / "out", on_count=lambda *now: counted.append(now)
+    )
+    assert len(calls) == asked
+    assert counted[-1][0] == counted[-1][1] == counted[0][0] + asked
+    fresh = package.evaluate(bundle, data, **{"max_new_tokens": 1, **options}, out=tmp_path / "fresh")
+    assert (found.scores, found.questions) == (fresh.scores, fresh.questions)
+    for name in ("report.json", "answers.csv"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "fresh" / name).read_bytes()
+
+
+def test_raw_prompts_are_other_questions(shared: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    package.evaluate(shared, data, max_new_tokens=1, samples=1, out=tmp_path / "out")
+    calls: list[int] = []
+    count_calls(monkeypatch, "prefill", calls)
+    package.evaluate(shared, data, max_new_tokens=1, samples=1, template=False, out=tmp_path / "out")
+    package.evaluate(shared, data, max_new_tokens=1, samples=1, out=tmp_path / "out")
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize(
-    ("change", "options", "says"),
+    ("damage", "says"),
     [
-        (_other_data, (), "another version of the data file"),
-        (_other_image, (), "the image of line 1 has changed"),
-        (_other_variant, (), "the variant 'iwp-22' has changed"),
-        (_damage, (), "line 2 is damaged"),
-        (lambda *_: None, ("--max-new-tokens", 2), "max_new_tokens=1, now it is 2"),
-        (lambda *_: None, ("--raw-prompt",), "template=True, now it is False"),
+        (lambda text: text.replace('"tokens"', '"tokes"'), "line 2 is damaged"),
+        (lambda text: text.replace('"text": "', '"text": 3, "was": "'), "line 2 is damaged"),
+        (lambda text: "[]\n" + text, "line 1 is damaged"),
+        (lambda text: text.replace('{"sievert_eval": 2}', '{"sievert_eval": 1, "data": "00"}'), "not written by this version"),
     ],
 )
-def test_answers_to_something_else_are_not_mixed_in(
-    bundle: Path, data: Path, tmp_path: Path, change: Callable[[Path, Path], None], options: tuple[object, ...], says: str
-):
+def test_a_damaged_journal_is_not_gone_on_with(shared: Path, data: Path, tmp_path: Path, damage: Callable[[str], str], says: str):
     out = tmp_path / "out"
-    asked = ("eval", bundle, "--data", data, "--out", out)
-    assert sievert(*asked, "--max-new-tokens", 1, "--limit", 1).code == 0
-    change(bundle, data)
-    refused(*asked, *(options if "--max-new-tokens" in options else ("--max-new-tokens", 1, *options)), says=(says, "--out"), keeps=out)
+    asked = ("eval", shared, "--data", data, "--out", out, "--max-new-tokens", 1, "--limit", 1)
+    assert sievert(*asked).code == 0
+    (out / "answers.jsonl").write_text(damage((out / "answers.jsonl").read_text()))
+    refused(*asked, says=(says, "--out"), keeps=out)
+
+
+def test_what_cannot_be_written_is_said_with_its_own_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    journal = Journal(tmp_path, {})
+    answers = [(Asked("00", "what ?"), Said("a cat", 2, "stop"))]
+    for fault, reason in ((OSError(errno.EIO, "Input/output error"), "Input/output error"), (OSError("out of luck"), "out of luck")):
+
+        def fail(*_: object, fault: OSError = fault) -> None:
+            raise fault
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Journal, "_append", fail)
+            with pytest.raises(InputError, match=rf"{tmp_path} cannot be written \({reason}\)"):
+                journal.add("full", "01", answers)
+    assert journal.said("01") == {} and journal.add("full", "01", answers) == 1 and journal.add("full", "01", answers) == 0
+
+
+def test_what_fails_elsewhere_is_not_blamed_on_the_folder(shared: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(*_: object) -> None:
+        raise OSError("the runtime lost its device")
+
+    monkeypatch.setattr(Pipeline, "encode", fail)
+    with pytest.raises(OSError, match="^the runtime lost its device$"):
+        package.evaluate(shared, data, max_new_tokens=1, samples=1, out=tmp_path / "out")
+
+
+def test_variants_that_cannot_take_a_prompt_are_named_before_anything_runs(bundle: Path, data: Path, tmp_path: Path):
+    package.prune(bundle, cuts=[package.Cut(selector="uniform")], max_text=10)
+    package.prune(bundle, cuts=[package.Cut(selector="uniform")], max_text=12, name="wider")
+    out = tmp_path / "out"
+    asked = ("eval", bundle, "--data", data, "--out", out, "--max-new-tokens", 1)
+    data.write_text(GOOD + "\n" + json.dumps({"image": "a.png", "prompt": "w1 " * 9}))
+    tight = ("line 2: the prompt has 12 text tokens", "'uniform-22' takes 10", "--variant iwp-22 --variant wider)", "--max-text")
+    refused(*asked, says=tight)
+    assert sievert(*asked, "--variant", "iwp-22", "--variant", "wider").code == 0
+    data.write_text(json.dumps({"image": "a.png", "prompt": "w1 " * 40}))
+    said = sievert(*asked, "--variant", "iwp-22")
+    assert said.code == 2 and "line 1: the prompt has 43 text tokens" in said.err and "takes 24" in said.err
+    assert "ask only" not in said.err  # no variant takes it
+
+
+def test_prompts_without_a_question_are_found_before_anything_runs(bundle: Path, data: Path, tmp_path: Path):
+    package.prune(bundle, cuts=[package.Cut(selector="uniform")])
+    out = tmp_path / "out"
+    asked = ("eval", bundle, "--data", data, "--out", out, "--max-new-tokens", 1, "--raw-prompt")
+    data.write_text(GOOD + "\n" + json.dumps({"image": "a.png", "prompt": f"{PROMPTS[0]} <image>"}))
+    refused(*asked, says=("line 2: the prompt has no text after the image", "'iwp-22'", "--variant uniform-22)", "after the image"))
+    assert not out.exists()
+    refused(*asked, "--variant", "iwp-22", says="(--variant full)")
+    assert sievert(*asked, "--variant", "uniform-22").code == 0
+    assert sievert(*asked, "--variant", "full").code == 0
 
 
 GOOD = json.dumps({"image": "a.png", "prompt": PROMPTS[0], "answer": "x"})
@@ -210,8 +315,8 @@ GOOD = json.dumps({"image": "a.png", "prompt": PROMPTS[0], "answer": "x"})
         (GOOD + '\n["a.png", "x"]', "line 2"),
         (GOOD + '\n\n{"image": "a.png"}', "line 3"),
         ('{"image": 3, "prompt": "x"}', ("line 1", "must be texts")),
-        ('{"image": "a.png", "prompt": "x", "answer": 3}', ("line 1", "answer must be")),
-        ('{"image": "a.png", "prompt": "x", "answer": []}', ("line 1", "answer must be")),
+        ('{"image": "a.png", "prompt": "x", "answer": 3}', ("line 1", "answer must be a text", "but it is 3:", '"answer": "3"')),
+        ('{"image": "a.png", "prompt": "x", "answer": []}', ("line 1", "answer must be", "but it is []:")),
         ('{"image": "a.png", "prompt": "x", "answer": ["y", "."]}', ("line 1", "none of them empty")),
         ('{"image": "a.png", "prompt": "\\ud800"}', ("line 1", "no character")),
         (GOOD + '\n{"image": "c.png", "prompt": "x"}', ("line 2", "c.png does not exist")),

@@ -12,7 +12,8 @@ from sievert.bundle.plan import Plan, Stage
 from sievert.bundle.specs import Geometry
 from sievert.bundle.store import Bundle
 from sievert.graph_passes.selectors.registry import SELECTORS
-from sievert.plan_file import LARGEST, choose_cuts, describe_cuts, read_plan, write_plan
+from sievert.plan_file import choose_cuts, describe_cuts, read_plan, write_plan
+from sievert.plan_yaml import LARGEST
 from sievert.planning import Cut, make_plan, name_variant, pair_cuts
 from tests.api.conftest import sievert
 from tests.api.test_bad_input import refused
@@ -58,13 +59,20 @@ def cuts_of(plan: Plan) -> list[tuple[int, int, str]]:
         ("cdpruner", [(0, 127, "22%")], "keep"),
         ("visionzip", [(0, 127, "22%")], "keep"),
         ("pyramiddrop", [(8, 288, "50%"), (16, 144, "25%"), (24, 72, "12.5%")], "compact"),
-        ("sparsevlm", [(2, 300, "52.08%"), (6, 200, "34.72%"), (15, 110, "19.1%")], "keep"),
+        ("sparsevlm", [(3, 300, "52.08%"), (7, 200, "34.72%"), (16, 110, "19.1%")], "keep"),
         ("transprune", [(7, 504, "87.5%"), (9, 360, "62.5%"), (12, 72, "12.5%")], "compact"),
     ],
 )
 def test_without_layer_and_keep_a_selector_cuts_where_its_paper_does(selector: str, cuts: list[tuple[int, int, str]], positions: str):
     plan = make_plan(model(), [Cut(selector=selector)])
     assert (cuts_of(plan), plan.positions) == (cuts, positions)
+
+
+def test_options_may_move_the_default_layer():
+    assert [stage.layer for stage in make_plan(model(), [Cut(selector="dart", options={"on": "embeddings"})]).stages] == [0]
+    assert [stage.layer for stage in make_plan(model(), [Cut(selector="dart", options={"on": "keys"})]).stages] == [2]
+    (dart,) = [info for info in package.list_selectors() if info.name == "dart"]
+    assert dart.layers == (2,)
 
 
 def test_the_default_layer_of_iwp_is_a_seventh_of_any_depth():
@@ -118,7 +126,6 @@ def test_a_name_that_would_be_too_long_counts_the_cuts():
 
 def test_a_plan_written_is_the_plan_read(tmp_path: Path):
     requests = [
-        [],
         [Cut()],
         [Cut(layer=0, keep="64", options={"strength": 4.5, "growth": 3, "duplication_rotary": False, "head_norm": "softmax"})],
         [Cut(layer=2, keep="50%", selector="uniform"), Cut(layer=9, keep="0.5%", selector="random", options={"seed": 7})],
@@ -133,6 +140,31 @@ def test_a_plan_written_is_the_plan_read(tmp_path: Path):
         assert choose_cuts((Cut(),), "auto", plan) == (cuts, positions) == choose_cuts((Cut(),), "auto", path)
     with pytest.raises(PlanError, match="one or the other"):
         choose_cuts((Cut(layer=1),), "auto", plan)
+
+
+@pytest.mark.parametrize(
+    ("text", "cut"),
+    [
+        ("{selector: dart, options: {on: embeddings}}", Cut(selector="dart", options={"on": "embeddings"})),
+        ("{selector: iwp, keep: 010}", Cut(keep="10")),
+        ('{selector: iwp, keep: "010"}', Cut(keep="010")),
+        ("{selector: iwp, keep: 1:30}", Cut(keep="1:30")),
+        ("{selector: iwp, keep: 1_00}", Cut(keep="1_00")),
+        ("{selector: iwp, keep: 0x10}", Cut(keep="0x10")),
+        ("{selector: iwp, keep: 2026-01-02}", Cut(keep="2026-01-02")),
+        ("{selector: 'iwp', layer: +3, keep: 22 %}", Cut(layer=3, keep="22 %")),
+    ],
+)
+def test_a_plan_file_means_what_it_says(tmp_path: Path, text: str, cut: Cut):
+    (tmp_path / "plan.yaml").write_text(f"stages: [{text}]")
+    (read,), _ = read_plan(tmp_path / "plan.yaml")
+    assert read == cut
+
+
+def test_options_of_a_plan_file_are_plain_decimal_numbers_true_false_or_text(tmp_path: Path):
+    (tmp_path / "plan.yaml").write_text("stages: [{selector: x, options: {a: yes, b: true, c: 1e3, d: .5, e: -2, f: 0.50, g: '1'}}]")
+    (read,), _ = read_plan(tmp_path / "plan.yaml")
+    assert [repr(value) for value in read.options.values()] == ["'yes'", "True", "1000.0", "0.5", "-2", "0.5", "'1'"]
 
 
 PLAN = """
@@ -189,8 +221,17 @@ def test_prune_takes_a_plan_and_inspect_gives_it_back(bundle: Path, tmp_path: Pa
         ("stages: [{selector: iwp, layer: 2}, {selector: iwp, layer: 1}]", ("stage 2", "ascending order")),
         ("stages: [{selector: pyramiddrop, keep: 4}]", ("stage 1", "neither --layer nor --keep")),
         ("stages: [{selector: iwp, keep: 4, keep: 5}]", ("line 1", "'keep' is given twice")),
+        ("stages: []", ("key 'stages'", "no cut is listed", "'full'")),
+        ("positions: keep\nstages:", "key 'stages': expected a list"),
+        ("stages: [{selector: dart, on: keys}]", ("stage 1", "unknown key 'on'")),
+        ("stages: [{selector: iwp, layer: 1, keep: 1_0}]", ("stage 1", "'1_0'", "neither a percentage")),
+        ("stages: [{selector: random, options: {seed: 1_0}}]", ("stage 1", "seed='1_0'", "a whole number")),
+        ("stages: [{selector: iwp, <<: {keep: 4}}]", ("stage 1", "unknown key '<<'")),
+        ("stages: [{selector: iwp, ? [a] : 4}]", ("line 1", "a key must be a name")),
+        ("stages: [{selector: iwp, keep: 4}]\n---\nstages: []", "no readable YAML"),
         ("stages: [&a {selector: iwp, layer: 1}, *a]", "an alias"),
-        ("stages: !!python/object/apply:os.getcwd []", "no readable YAML"),
+        ("stages: [{selector: iwp, keep: !!str 4}]", ("line 1", "the tag", "plain values")),
+        ("stages: !!python/object/apply:os.getcwd []", ("line 1", "the tag")),
         ("stages: " + "[" * 1500, "no readable YAML"),
         ("#" * (LARGEST + 1), f"more than {LARGEST} bytes"),
     ],

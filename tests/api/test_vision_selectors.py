@@ -72,7 +72,7 @@ def best(scores: Array, keep: int) -> Array:
 def test_the_best_scored_tokens_are_kept(made: Made, name: str, keep: int) -> None:
     model = ir.load(Bundle.open(made.path).file(Bundle.open(made.path).graph("prefill", variant=name).file))
     shown = to_bytes(expose(model, ["stage.0.scores", "stage.0.order"]))
-    with made.open(name, prefill_model=shown) as pipeline:
+    with made.open(name, graphs={"prefill": shown}) as pipeline:
         features = pipeline.encode(made.batch.pixel_values)
         result = pipeline.prefill(made.batch, features)
         said = generate(pipeline, made.prompter.tokenizer, made.batch, max_new_tokens=4, features=features)

@@ -112,6 +112,28 @@ def test_profiles_the_model_cannot_serve() -> None:
         Profile(visual_tokens=100, max_text=10, max_new_tokens=8).check(GEOMETRY)
 
 
+def test_several_images_share_the_profile() -> None:
+    profile = Profile(images=2, visual_tokens=512, max_text=10, max_new_tokens=8)
+    assert profile.image_tokens == (256, 256) and profile.sequence == 522
+    with pytest.raises(ProfileError, match="530 positions, but the model has 512: lower --images, --max-text"):
+        profile.check(GEOMETRY)
+    with pytest.raises(ProfileError, match="has 256 visual tokens but 2 images of 128x128 pixels give 512"):
+        profile.model_copy(update={"visual_tokens": 256}).check(GEOMETRY)
+    with pytest.raises(ProfileError, match="images=0"):
+        Profile(images=0, visual_tokens=256, max_text=10, max_new_tokens=8)
+    Plan(stages=(stage(1, 300), stage(2, 2))).check(GEOMETRY, 2)
+    for keep in (1, 513):
+        with pytest.raises(
+            PlanError, match=rf"keep={keep} but .* 512 visual tokens in 2 images, which keep at least 1 each: choose 2\.\.512"
+        ):
+            Plan(stages=(stage(1, keep),)).check(GEOMETRY, 2)
+
+
+def test_a_profile_written_before_there_were_several_images_has_one() -> None:
+    old = '{"batch": 2, "decode_batch": 2, "visual_tokens": 256, "max_text": 40, "max_new_tokens": 8}'
+    assert Profile.model_validate_json(old).images == 1
+
+
 def test_records_take_no_unknown_keys_and_do_not_change() -> None:
     with pytest.raises(ValidationError):
         Stage.model_validate({"selector": "iwp", "layer": 1, "keep": 2, "requested": "2", "colour": "red"})

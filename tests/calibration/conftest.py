@@ -25,7 +25,9 @@ PROMPTS = ("which digit is red ?", "what is the colour ?", "which ?", "what is t
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle with the variants full, iwp-22, pair (batch 2) and slots (batch 2, three decode slots). Not to be changed."""
+    """A bundle with the variants full, iwp-22, pair (batch 2), slots (batch 2, three decode slots) and two (batch 2, two images in each
+    prompt). Not to be changed.
+    """
     bundle = write_bundle(export_tiny("clip-llama")[1], tmp_path_factory.mktemp("calibration") / "bundle")
     profile = make_profile(bundle.manifest.geometry, max_text=24, max_new_tokens=8)
     add_variant(bundle, name="full", plan=Plan(), profile=profile)
@@ -33,6 +35,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sievert.prune(path, cuts=[sievert.Cut(keep="22%")])
     sievert.prune(path, cuts=[sievert.Cut(selector="visionzip")], name="pair", batch=2)
     sievert.prune(path, cuts=(), name="slots", batch=2, decode_batch=3)
+    sievert.prune(path, cuts=[sievert.Cut(keep="28%")], name="two", batch=2, images=2)
     return path
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from PIL import Image
 
 import sievert
-from sievert.bundle.errors import CalibrationError, ProfileError
+from sievert.bundle.errors import CalibrationError, ProfileError, PromptError
 from sievert.bundle.names import LOCK
 from sievert.bundle.profile import Profile
 from sievert.bundle.specs import TensorSpec
@@ -74,7 +75,7 @@ def test_every_run_of_every_graph_can_be_repeated(made: Path, data: Path, tmp_pa
     sessions = {graph: load(bundle, variant, graph) for graph in found.graphs}
     for number in range(runs):
         asked = questions[number * profile.batch : (number + 1) * profile.batch]
-        batch = prompter.prepare([each.image for each in asked], [each.prompt for each in asked])
+        batch = prompter.prepare([each.images for each in asked], [each.prompt for each in asked])
         fed = {graph: found.feed(graph, number) for graph in ("vision_encoder", "embed_tokens", "prefill")}
         np.testing.assert_array_equal(fed["vision_encoder"]["pixel_values"], batch.pixel_values)
         np.testing.assert_array_equal(fed["embed_tokens"]["input_ids"], batch.input_ids)
@@ -100,7 +101,7 @@ def test_every_run_of_every_graph_can_be_repeated(made: Path, data: Path, tmp_pa
                 tokens = info.samples[holder].tokens
                 assert (arrays["input_ids"][row, 0], logits[row].argmax()) == (tokens[feed.step - 1], tokens[feed.step])
     with Pipeline(bundle, variant) as pipeline:
-        batch = prompter.prepare([questions[4].image], [PROMPTS[4]])
+        batch = prompter.prepare([questions[4].images], [PROMPTS[4]])
         (said,) = generate(pipeline, prompter.tokenizer, batch, max_new_tokens=4)
     assert said.tokens == info.samples[4].tokens
 
@@ -173,9 +174,67 @@ def test_a_sample_that_leads_to_nan_is_named_by_its_line(made: Path, data: Path,
     with pytest.raises(CalibrationError, match=r"questions.jsonl, line 3: embed_tokens was fed NaN or infinity in 'image_features'"):
         sievert.collect(made, data, out=tmp_path / "out")
     seen = 0
+    with pytest.raises(CalibrationError, match=r"line 3: embed_tokens was fed NaN"):  # and not that prefill keeps tokens twice
+        sievert.collect(made, data, variant="iwp-22", out=tmp_path / "out")
+    seen = 0
     with pytest.raises(CalibrationError, match=r"line 5: embed_tokens was fed NaN"):  # the second row of the second pair
         sievert.collect(made, data, variant="pair", out=tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
+
+
+def test_a_picture_whose_features_are_nan_is_named_by_its_line(made: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    real = OrtSession.run
+
+    def run(session: OrtSession, feeds: Any, outputs: Any = None) -> Any:
+        found = dict(real(session, feeds, outputs))
+        if "pixel_values" in feeds:
+            found["image_features"] = found["image_features"].copy()
+            found["image_features"][1, 3, 5] = np.inf
+        return found
+
+    monkeypatch.setattr(OrtSession, "run", run)
+    with pytest.raises(CalibrationError, match=r"line 3: vision_encoder gave NaN or infinity in 'image_features'"):
+        sievert.collect(made, data, variant="pair", out=tmp_path / "out")
+
+
+@pytest.mark.parametrize("random", [False, True])
+def test_prompts_with_several_images(made: Path, data: Path, tmp_path: Path, random: bool):
+    names = [["a.png", "b.png"], ["b.png", "a.png"], ["a.png", "a.png"]]
+    data.write_text("\n".join(json.dumps({"images": each, "prompt": PROMPTS[0]}) for each in names))
+    found = sievert.collect(made, "" if random else data, variant="two", samples=3, random=random, decode_steps=1, out=tmp_path / "out")
+    info, bundle = found.info, Bundle.open(made)
+    assert sievert.load_collection(tmp_path / "out", made).info == info
+    assert (info.profile.images, info.profile.visual_tokens) == (2, 32)
+    assert [found.feed("vision_encoder", run)["pixel_values"].shape for run in range(2)] == [(2, 2, 3, 32, 32)] * 2
+    assert all(len(sample.images) == len(sample.images_sha256) == 2 for sample in info.samples)
+    sessions = {graph: load(bundle, "two", graph) for graph in ("vision_encoder", "embed_tokens", "prefill")}
+    for run in range(2):
+        features = sessions["vision_encoder"].run(found.feed("vision_encoder", run))["image_features"]
+        np.testing.assert_allclose(found.feed("embed_tokens", run)["image_features"], features, atol=1e-5)
+        first = sessions["prefill"].run(found.feed("prefill", run))["logits"].argmax(axis=1)
+        numbers = [sample for sample in info.graphs["prefill"].feeds[run].samples if sample is not None]
+        assert [info.samples[sample].tokens[0] for sample in numbers] == list(first[: len(numbers)])
+    if not random:
+        hashes = {name: hashlib.sha256((data.parent / name).read_bytes()).hexdigest() for name in ("a.png", "b.png")}
+        assert [sample.images for sample in info.samples] == [tuple(each) for each in names]
+        assert [sample.images_sha256 for sample in info.samples] == [tuple(hashes[name] for name in each) for each in names]
+        pixels = found.feed("vision_encoder", 0)["pixel_values"]
+        np.testing.assert_array_equal(pixels[0], pixels[1, ::-1])
+        prompter = Prompter(bundle.path, bundle.manifest.geometry, bundle.variant("two").profile)
+        batch = prompter.prepare([each.images for each in read_questions(data).questions[:2]], [PROMPTS[0]] * 2)
+        np.testing.assert_array_equal(pixels, batch.pixel_values)
+    measured = sievert.ranges(made, tmp_path / "out")
+    assert measured.variant == "two" and not measured.keep_float32 and measured.runs["vision_encoder"] == 2
+    rewrite(found, profile=info.profile.model_copy(update={"visual_tokens": 16}))
+    refused(found.path, made, "16 visual tokens, this model has 32 for 2 images")
+
+
+def test_lines_with_another_number_of_images_than_the_variant_takes_are_named(made: Path, data: Path, tmp_path: Path):
+    with pytest.raises(PromptError, match=r"line 2: 1 image for a prompt, but this variant takes 2 per prompt"):
+        sievert.collect(made, data, variant="two", out=tmp_path / "out")
+    data.write_text(json.dumps({"images": ["a.png", "b.png"], "prompt": PROMPTS[0]}) + "\n" + data.read_text())
+    with pytest.raises(PromptError, match=r"line 1: 2 images for a prompt, but this variant takes 1 per prompt"):
+        sievert.collect(made, data, out=tmp_path / "out")
 
 
 def test_a_model_that_overflows_its_own_type_is_refused(bundle: Path, data: Path, tmp_path: Path):

@@ -5,7 +5,7 @@ import numpy as np
 import onnx
 import pytest
 
-from sievert.bundle.errors import EngineError, EngineUnavailableError, InputError, IntegrityError, ProfileError, VariantError
+from sievert.bundle.errors import EngineError, EngineUnavailableError, InputError, IntegrityError, ProfileError, PromptError, VariantError
 from sievert.bundle.manifest import EngineEntry, EngineFile
 from sievert.bundle.store import Bundle
 from sievert.engines.run.ort import OnnxRuntime
@@ -220,7 +220,8 @@ def test_exposed_values_are_returned_as_extra(bundle):
     model = onnx.load(bundle.graph_file("prefill", variant="one"), load_external_data=False)
     model.graph.output.append(onnx.helper.make_tensor_value_info("y0", onnx.TensorProto.FLOAT, (1, 10, 8)))
     batch = batch_of("one")
-    with Pipeline(bundle, "one", RUNTIME, prefill_model=model.SerializeToString()) as pipeline, Pipeline(bundle, "one", RUNTIME) as plain:
+    graphs = {"prefill": model.SerializeToString()}
+    with Pipeline(bundle, "one", RUNTIME, graphs=graphs) as pipeline, Pipeline(bundle, "one", RUNTIME) as plain:
         features = pipeline.encode(batch.pixel_values)
         result, expected = pipeline.prefill(batch, features), plain.prefill(batch, features)
     assert result.extra.keys() == {"y0"}
@@ -228,6 +229,43 @@ def test_exposed_values_are_returned_as_extra(bundle):
     assert result.inputs_embeds.shape == (1, 10, 8)
     assert not expected.extra
     np.testing.assert_allclose(result.logits, expected.logits, atol=ATOL)
+
+
+def test_a_picture_that_is_no_numbers_is_an_error(bundle):
+    batch = batch_of("one")
+    with Pipeline(bundle, "one", RUNTIME) as pipeline:
+        with pytest.raises(EngineError, match="vision_encoder gave NaN or infinity in image_features"):
+            pipeline.encode(batch.pixel_values * np.float32(np.nan))
+        assert np.isfinite(pipeline.encode(batch.pixel_values).image_features).all()  # nothing of it was remembered
+
+
+def test_a_token_kept_twice_is_an_error(bundle, monkeypatch):
+    batch = batch_of("one")
+    with Pipeline(bundle, "one", RUNTIME) as pipeline:
+        run, features = pipeline._run, pipeline.encode(batch.pixel_values)
+
+        def repeat(graph, values):
+            outputs = run(graph, values)
+            if "kept_index.0" in outputs:
+                outputs["kept_index.0"] = outputs["kept_index.0"] * 0 + 3
+            return outputs
+
+        monkeypatch.setattr(pipeline, "_run", repeat)
+        with pytest.raises(EngineError, match="stage 0 kept a token twice"):
+            pipeline.prefill(batch, features)
+
+
+def test_a_prompt_without_a_question_is_refused_where_a_selector_reads_it(bundle):
+    toy = TOYS["two"]
+    batch = make_batch(toy, [[5, 6, 7], [5, 6, 7]], [1, 3])  # the second image stands at the end
+    with Pipeline(bundle, "two", RUNTIME) as pipeline:
+        features = pipeline.encode(batch.pixel_values)
+        assert batch.without_question() == 1
+        assert np.isfinite(pipeline.prefill(batch, features).logits).all()
+        pipeline.variant = pipeline.variant.model_copy(update={"reads_question": True})
+        with pytest.raises(PromptError, match="prompt 2 of 2 has no text after the image"):
+            pipeline.prefill(batch, features)
+        assert make_batch(toy, [[5, 6, 7]], [1]).without_question() is None
 
 
 def test_what_does_not_exist_is_refused(bundle):

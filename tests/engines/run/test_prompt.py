@@ -31,6 +31,12 @@ def prompter(checkpoint: Path) -> Prompter:
     return Prompter(checkpoint, GEOMETRY, Profile(batch=3, visual_tokens=16, max_text=8, max_new_tokens=4))
 
 
+@pytest.fixture(scope="module")
+def pair(checkpoint: Path) -> Prompter:
+    """For two images in each prompt."""
+    return Prompter(checkpoint, GEOMETRY, Profile(batch=3, images=2, visual_tokens=32, max_text=8, max_new_tokens=4))
+
+
 def picture(width: int = 32, height: int = 32, *, seed: int = 0) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
@@ -84,6 +90,41 @@ def test_image_tokens_of_the_user_s_own_are_refused(prompter):
         prompter.prepare([picture()], ["<image> red"])
     with pytest.raises(PromptError, match="takes one image per prompt"):
         prompter.prepare([picture()], ["<image> red <image>"], template=False)
+
+
+def test_several_images_stand_before_the_question_in_their_order(pair):
+    batch = pair.prepare([[picture(seed=1), picture(seed=2)], [picture(seed=3), picture(seed=1)]], ["which digit", "red"])
+    assert batch.unpadded(0).tolist() == [BOS, USER, *[IMAGE] * 32, WHICH, DIGIT, ASSISTANT]
+    assert batch.pixel_values.shape == (3, 2, 3, 32, 32)
+    np.testing.assert_array_equal(batch.pixel_values[0, 0], batch.pixel_values[1, 1])
+    assert (batch.pixel_values[0, 0] != batch.pixel_values[0, 1]).any()
+    assert pair.prepare([[picture(), picture()]], ["red", "red"]).visual_index.tolist() == [list(range(2, 34))] * 3
+
+
+def test_raw_prompts_say_where_each_image_stands(pair):
+    two = [picture(), picture()]
+    texts = ["red", "which <image> red <image> digit", "<s> <image> <image> red"]
+    batch = pair.prepare([two] * 3, texts, template=False)
+    assert batch.unpadded(0).tolist() == [*[IMAGE] * 32, RED]
+    assert batch.unpadded(1).tolist() == [WHICH, *[IMAGE] * 16, RED, *[IMAGE] * 16, DIGIT]
+    assert batch.unpadded(2).tolist() == [BOS, *[IMAGE] * 32, RED]
+    assert batch.visual_index[1].tolist() == [*range(1, 17), *range(18, 34)]
+    assert batch.without_question() is None
+    assert pair.prepare([two], ["<image> red <image>"], template=False).without_question() is None  # after the first image
+    assert pair.prepare([two], ["red <image> <image>"], template=False).without_question() == 0
+
+
+def test_another_number_of_images_than_the_profile_s_is_refused(prompter, pair):
+    with pytest.raises(PromptError, match="1 image for a prompt, but this variant takes 2 per prompt: give 2, or .*--images 1"):
+        pair.prepare([picture()], ["red"])
+    with pytest.raises(PromptError, match="3 images for a prompt, but this variant takes 2"):
+        pair.prepare([[picture()] * 3], ["red"])
+    with pytest.raises(PromptError, match="2 images for a prompt, but this variant takes 1 per prompt: give 1, or .*--images 2"):
+        prompter.prepare([[picture()] * 2], ["red"])
+    with pytest.raises(PromptError, match=r"has 1 image tokens \(<image>\), expected 2: this variant takes 2 images per prompt"):
+        pair.prepare([[picture()] * 2], ["<image> red"], template=False)
+    with pytest.raises(PromptError, match=r"3 image tokens .*expected 2: leave them out, the template places 2"):
+        pair.prepare([[picture()] * 2], ["<image> red"])
 
 
 def test_counts_that_do_not_fit(prompter):

@@ -295,7 +295,7 @@ def test_options_and_schedules_are_the_papers() -> None:
     assert {name: (each.depth, each.layers, each.positions) for name, each in schedules.items()} == {
         "fastv": (32, (2,), "keep"),
         "pyramiddrop": (32, (8, 16, 24), "compact"),
-        "sparsevlm": (32, (2, 6, 15), "keep"),
+        "sparsevlm": (32, (3, 7, 16), "keep"),
         "transprune": (32, (7, 9, 12), "compact"),
     }
     assert [round(share * 576) for share in schedules["sparsevlm"].shares] == [300, 200, 110]

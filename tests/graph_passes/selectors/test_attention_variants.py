@@ -21,7 +21,8 @@ from sievert.graph_passes.lint import lint
 from sievert.graph_passes.lower import lower
 from sievert.graph_passes.variant import make_variant
 from sievert.parity.reference import Reference
-from tests.graph_passes.test_random_llavas import Prompts, compare, make_prompts, pad, profile_of
+from tests.graph_passes.llavas import Prompts, pad
+from tests.graph_passes.test_random_llavas import compare, make_prompts, profile_of
 from tests.tiny_llava import make_tiny_llava
 
 NAMES = ("fastv", "pyramiddrop", "sparsevlm", "transprune")

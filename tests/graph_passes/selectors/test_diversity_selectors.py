@@ -15,7 +15,7 @@ from sievert.graph_passes.selectors.cdpruner import CdPruner
 from sievert.graph_passes.selectors.dart import Dart
 from sievert.graph_passes.selectors.divprune import DivPrune
 from tests.bundle.small import GEOMETRY
-from tests.graph_passes.selectors.harness import build_standalone, make_geometry, run_standalone
+from tests.graph_passes.selectors.harness import build_standalone, make_geometry, random_feeds, run_standalone
 
 Array = np.ndarray[Any, Any]
 
@@ -333,3 +333,16 @@ def test_dart_on_keys_needs_a_layer_before_its_cut():
 def test_the_others_cut_anywhere(selector):
     for layer in (0, 1):
         selector.check(Stage(selector=selector.name, layer=layer, keep=8, requested="8"), GEOMETRY)
+
+
+@pytest.mark.parametrize("rank", [3, 12, 40])
+def test_cdpruner_stays_sound_long_after_nothing_is_left_to_gain(rank):
+    # Rounding, divided by the guarded root step after step, once made gains of -1e6: below the mark of what was taken already.
+    geometry = make_geometry(visual=256, keep=200, sequence=270, batch=2)
+    feeds, rng = random_feeds(geometry, rank), np.random.default_rng(rank)
+    embeds = rng.normal(size=(2, 270, rank)) @ rng.normal(size=(rank, 64)) + 3 * rng.normal(size=64)
+    feeds["inputs_embeds"] = embeds.astype(np.float32)
+    result = run_standalone(CdPruner(), geometry, feeds)
+    for order in result.order:
+        assert sorted(set(order.tolist())) == sorted(order.tolist())
+        assert order.min() >= 0 and order.max() < 256

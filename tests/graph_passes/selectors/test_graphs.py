@@ -18,7 +18,7 @@ OPERATORS = {
     *("Identity", "Less", "LessOrEqual", "MatMul", "Max", "Min", "Mul", "Pad", "Range", "ReduceL2", "ReduceMax", "ReduceMean"),
     *("ReduceMin", "ReduceSum", "ReduceSumSquare", "Reshape", "ScatterElements", "Slice", "Softmax", "Split", "Squeeze", "Sub", "TopK"),
     *("Transpose", "Unsqueeze", "Where"),
-    *("ReduceL1", "Sqrt"),
+    *("Neg", "ReduceL1", "Sqrt"),
 }
 DTYPES = {ir.DataType.FLOAT, ir.DataType.INT64, ir.DataType.BOOL}
 MODELS = [

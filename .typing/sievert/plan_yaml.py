@@ -1,0 +1,1 @@
+../../api/plan_yaml.py
