@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from sievert.bundle.errors import (
     BundleError,
+    CalibrationError,
     CheckpointError,
     EngineError,
     EngineUnavailableError,
@@ -36,6 +37,7 @@ from sievert.bundle.errors import (
 if TYPE_CHECKING:
     from sievert.building import build
     from sievert.checking import check
+    from sievert.collecting import collect, load_collection
     from sievert.comparing import compare_selectors
     from sievert.diagnosing import doctor
     from sievert.evaluating import evaluate
@@ -45,12 +47,14 @@ if TYPE_CHECKING:
     from sievert.plan_file import write_plan
     from sievert.planning import Cut
     from sievert.pruning import prune
+    from sievert.ranging import ranges
     from sievert.running import run
 
     __version__: str
 
 __all__ = [
     "BundleError",
+    "CalibrationError",
     "CheckpointError",
     "Cut",
     "EngineError",
@@ -69,6 +73,7 @@ __all__ = [
     "__version__",
     "build",
     "check",
+    "collect",
     "compare_selectors",
     "doctor",
     "evaluate",
@@ -77,7 +82,9 @@ __all__ = [
     "list_engines",
     "list_families",
     "list_selectors",
+    "load_collection",
     "prune",
+    "ranges",
     "run",
     "write_plan",
 ]
@@ -87,6 +94,7 @@ _HOMES = {
     "Cut": "planning",
     "build": "building",
     "check": "checking",
+    "collect": "collecting",
     "compare_selectors": "comparing",
     "doctor": "diagnosing",
     "evaluate": "evaluating",
@@ -95,7 +103,9 @@ _HOMES = {
     "list_engines": "listing",
     "list_families": "listing",
     "list_selectors": "listing",
+    "load_collection": "collecting",
     "prune": "pruning",
+    "ranges": "ranging",
     "run": "running",
     "write_plan": "plan_file",
 }

@@ -17,6 +17,13 @@ class DTypeName(StrEnum):
     bfloat16 = "bfloat16"
 
 
+class NarrowDTypeName(StrEnum):
+    """Floating point type that ranges are judged for."""
+
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
 class PositionName(StrEnum):
     """Which position kept tokens have after a cut."""
 
@@ -25,6 +32,7 @@ class PositionName(StrEnum):
 
 
 _CUT, _SIZE, _SAMPLES, _CHOICE = "What to drop", "Sizes the graphs are made for", "What to compare", "How to answer"
+_DATA = "What goes through the graphs"
 _AS_FULL = "Default: as full."
 
 BundlePath = Annotated[Path, Argument(metavar="BUNDLE", help="The bundle's folder.", show_default=False)]
@@ -187,6 +195,51 @@ OneLayer = Annotated[
     ),
 ]
 PictureFile = Annotated[Path, Option("--out", metavar="FILE", help="The picture to write, as PNG.")]
+
+# collect and ranges
+CalibrationData = Annotated[
+    str,
+    Option(
+        "--data",
+        metavar="FILE|DIR",
+        help='Lines {"image": "photo.png", "prompt": "what is this?"} ("images": [...] for several), or a folder with such a .jsonl file.',
+        show_default=False,
+        rich_help_panel=_DATA,
+    ),
+]
+CalibrationSamples = Annotated[
+    int | None, Option("--samples", metavar="N", help="Only the first N lines. Default: 128 at most.", rich_help_panel=_DATA)
+]
+RandomData = Annotated[bool, Option("--random", help="Made-up pictures and words in place of data.", rich_help_panel=_DATA)]
+DecodeSteps = Annotated[
+    str,
+    Option(
+        "--decode-steps",
+        metavar="N|LIST",
+        help="Tokens of the answer that decode's inputs are stored for: the first N of 1, 2, 4, 8..., or a list (1,5,20).",
+        rich_help_panel=_DATA,
+    ),
+]
+CollectedVariant = Annotated[str, Option("--variant", metavar="NAME", help="Whose graphs.")]
+CollectionOut = Annotated[
+    str, Option("--out", metavar="DIR", help="Folder to make. Default: BUNDLE-calibration, beside the bundle.", show_default=False)
+]
+CollectionFolder = Annotated[
+    str,
+    Option("--collection", metavar="DIR", help="What `sievert collect` made. Default: BUNDLE-calibration.", show_default=False),
+]
+RangedVariant = Annotated[str, Option("--variant", metavar="NAME", help="Default: the one collected from.", show_default=False)]
+NarrowDType = Annotated[NarrowDTypeName, Option("--dtype", help="Format to judge for.")]
+LoweredFor = Annotated[
+    str,
+    Option(
+        "--engine",
+        metavar="NAME",
+        help="Measure the graphs as this engine is built from them. Default: as the bundle has them.",
+        show_default=False,
+    ),
+]
+Worst = Annotated[int, Option("--worst", metavar="N", min=1, help="Tensors to show.")]
 
 # inspect
 Verify = Annotated[bool, Option("--verify", help="Hash every file.")]

@@ -9,9 +9,9 @@ from typing import Any
 
 from sievert.bundle.errors import InputError
 from sievert.bundle.store import Bundle
+from sievert.calibration.questions import read_entry
 from sievert.engines.run.images import load_image
 from sievert.engines.run.registry import find_runtime
-from sievert.eval_questions import read_entry
 from sievert.parity.check import check as check_unavailable
 from sievert.parity.check import check_against
 from sievert.parity.load import load_reference

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from sievert import SievertError, cli_ask, cli_compare, cli_look, cli_make
+from sievert import SievertError, cli_ask, cli_calibrate, cli_compare, cli_look, cli_make
 from sievert import arguments as a
 from sievert.console import Screen, configure_output
 
@@ -149,6 +149,15 @@ app.command(
         'compare-selectors my-bundle --image photo.png --prompt "what is this?" --selectors iwp,fastv --layer 4 --keep 11% --out two.png',
     )
 )(cli_compare.compare_selectors)
+app.command(
+    epilog=examples(
+        "collect my-bundle --data questions.jsonl",
+        "collect my-bundle --data folder --variant iwp-22 --samples 64 --decode-steps 1,8,32 --out my-data",
+    )
+)(cli_calibrate.collect)
+app.command(
+    epilog=examples("ranges my-bundle --collection my-bundle-calibration", "ranges my-bundle --engine tensorrt-rtx --json ranges.json")
+)(cli_calibrate.ranges)
 app.command(epilog=examples("inspect my-bundle", "inspect my-bundle --verify", "inspect my-bundle --plan iwp-22"))(cli_look.inspect)
 app.command("list", epilog=examples("list"))(cli_look.list_choices)
 app.command(epilog=examples("doctor"))(cli_look.doctor)

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from sievert.bundle.errors import GraphError, PlanError, PromptError
+from sievert.bundle.names import FULL
 from sievert.bundle.plan import Plan
 from sievert.bundle.store import Bundle
 from sievert.engines.run.dtypes import Array
 from sievert.engines.run.pipeline import Features
 from sievert.engines.run.prompt import Pictures, PromptBatch, Prompter
 from sievert.engines.run.sampling import Sampling
-from sievert.planning import FULL, Cut, choose_layer, make_plan
+from sievert.planning import Cut, choose_layer, make_plan
 from sievert.progress import Progress, Size, silent
 from sievert.running import Answer, Watched, answer_batch, choose_limit, show_pixels
 

@@ -10,19 +10,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from sievert.bundle.errors import InputError
+from sievert.calibration.questions import Asked
 
 NAME: Final = "answers.jsonl"
 _FORMAT: Final = 2
 _HEADER: Final = {"sievert_eval": _FORMAT}
 _AGAIN: Final = "give another --out, or remove that folder to start again"
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What an answer is to: the SHA-256 of the image file's bytes, and the prompt."""
-
-    image: str
-    prompt: str
 
 
 @dataclass(frozen=True)

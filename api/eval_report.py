@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from sievert.eval_journal import Asked, Said, writing
-from sievert.eval_questions import Question
+from sievert.bundle.names import FULL
+from sievert.calibration.questions import Asked, Question
+from sievert.eval_journal import Said, writing
 from sievert.eval_score import INTERVALS, agrees, is_right
-from sievert.planning import FULL
 
 REPORT: Final = "report.json"
 ANSWERS: Final = "answers.csv"

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from sievert.eval_journal import Asked, Said
-from sievert.eval_questions import Question, normalise
+from sievert.calibration.questions import Asked, Question, normalise
+from sievert.eval_journal import Said
 
 INTERVALS: Final = (
     "95 % intervals by normal approximation: of the paired difference after Bonett and Price (one pseudo-count for each kind of change), "
@@ -44,7 +44,7 @@ class Score:
 
 
 def is_right(question: Question, text: str) -> bool:
-    """Whether a text is one of the accepted answers, compared by :func:`~sievert.eval_questions.normalise`."""
+    """Whether a text is one of the accepted answers, compared by :func:`~sievert.calibration.questions.normalise`."""
     return normalise(text) in {normalise(answer) for answer in question.answers}
 
 

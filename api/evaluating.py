@@ -11,10 +11,11 @@ from typing import Any
 
 from sievert.bundle.errors import EngineUnavailableError, InputError, ProfileError
 from sievert.bundle.files import locked
-from sievert.bundle.names import LOCK
+from sievert.bundle.names import FULL, LOCK
 from sievert.bundle.plan import Plan
 from sievert.bundle.profile import Profile
 from sievert.bundle.store import Bundle
+from sievert.calibration.questions import Question, Questions, check_questions, read_questions
 from sievert.diagnosing import find_memory_gib
 from sievert.engines.run.files import find_model
 from sievert.engines.run.generate import generate
@@ -22,10 +23,8 @@ from sievert.engines.run.pipeline import GRAPHS, Features, Pipeline
 from sievert.engines.run.prompt import Prompter
 from sievert.engines.run.registry import find_runtime
 from sievert.eval_journal import NAME, Journal, Said, writing
-from sievert.eval_questions import Question, Questions, check_questions, read_questions
 from sievert.eval_report import write_report
 from sievert.eval_score import Score, score_variant
-from sievert.planning import FULL
 from sievert.progress import Progress, Size, silent
 from sievert.running import choose_limit
 

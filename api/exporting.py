@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 from sievert.building import Built, build_variant, require_builders
 from sievert.bundle.create import check_place
 from sievert.bundle.errors import SievertError
+from sievert.bundle.names import FULL
 from sievert.bundle.plan import Plan
 from sievert.bundle.specs import Geometry
 from sievert.plan_file import choose_cuts
-from sievert.planning import FULL, Cut, Positions, describe_profile, make_plan, make_profile, name_variant
+from sievert.planning import Cut, Positions, describe_profile, make_plan, make_profile, name_variant
 from sievert.progress import Progress, Size, silent
 from sievert.pruning import Made, add, check_name
 

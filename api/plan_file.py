@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from sievert.bundle.errors import PlanError
+from sievert.bundle.names import FULL
 from sievert.bundle.plan import Option, Plan
 from sievert.plan_yaml import EXAMPLE, load_file, shorten
-from sievert.planning import FULL, Cut, Positions
+from sievert.planning import Cut, Positions
 
 _KEYS: Final = ("positions", "stages")
 _STAGE_KEYS: Final = ("selector", "layer", "keep", "options")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from sievert.bundle.errors import PlanError
+from sievert.bundle.names import FULL
 from sievert.bundle.plan import Option, Plan, PositionPolicy, Stage, resolve_keep
 from sievert.bundle.profile import Profile
 from sievert.bundle.specs import Geometry
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
 
 DEFAULT_KEEP = "22%"
 DEFAULT_SELECTOR = "iwp"
-FULL = "full"
-"""The unpruned variant that every bundle has."""
 LONGEST_NAME = 64
 
 Positions = PositionPolicy | Literal["auto"]

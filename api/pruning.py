@@ -8,12 +8,12 @@ from pathlib import Path
 
 from sievert.bundle.errors import VariantError
 from sievert.bundle.manifest import Variant
-from sievert.bundle.names import check_variant_name
+from sievert.bundle.names import FULL, check_variant_name
 from sievert.bundle.plan import Plan
 from sievert.bundle.profile import Profile
 from sievert.bundle.store import Bundle
 from sievert.plan_file import choose_cuts
-from sievert.planning import FULL, Cut, Positions, describe_plan, describe_profile, make_plan, make_profile, name_variant
+from sievert.planning import Cut, Positions, describe_plan, describe_profile, make_plan, make_profile, name_variant
 from sievert.progress import Progress, Size, silent
 
 

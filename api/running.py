@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from sievert.bundle.errors import InputError, ProfileError, VariantError
+from sievert.bundle.names import FULL
 from sievert.bundle.plan import Plan
 from sievert.bundle.specs import Geometry
 from sievert.bundle.store import Bundle
@@ -20,7 +21,6 @@ from sievert.engines.run.generate import Finish, stream
 from sievert.engines.run.pipeline import Features, Pipeline, PrefillResult
 from sievert.engines.run.prompt import Pictures, PromptBatch, Prompter, load_processor
 from sievert.engines.run.sampling import Sampling
-from sievert.planning import FULL
 from sievert.progress import Progress, Size, silent
 
 OnText = Callable[[int, str], None]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 from rich.table import Table
 
-from sievert.planning import FULL
+from sievert.bundle.names import FULL
 from sievert.tables import describe_cuts, make_table
 
 if TYPE_CHECKING:

@@ -72,7 +72,7 @@ def create_bundle(path: Path, *, force: bool, command: str) -> Iterator[NewBundl
         with contextlib.ExitStack() as held, writing(folder):
             with writing(folder, everywhere=True):
                 target.parent.mkdir(parents=True, exist_ok=True)
-                _sweep_siblings(target)
+                sweep_siblings(target)
                 folder.mkdir()
                 held.enter_context(locked(folder, command))
             new = NewBundle(folder)
@@ -140,7 +140,7 @@ def _move(folder: Path, target: Path, *, force: bool) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _sweep_siblings(target: Path) -> None:
+def sweep_siblings(target: Path) -> None:
     """Remove what killed exports to the same place left beside it; one that still runs holds its lock and is left alone."""
     pattern = re.compile(re.escape(f".{target.name}") + r"\.sievert-tmp-[0-9a-f]{16}")
     for path in sorted(target.parent.iterdir()):

@@ -10,6 +10,7 @@
     |   +-- ProfileError          shapes, batches or lengths that do not fit
     |   +-- ImageError            an image that cannot be read, or of the wrong size
     |   +-- PromptError           a prompt that does not fit the profile
+    |   +-- CalibrationError      calibration data of another model, changed, or not usable
     +-- BundleError               a bundle that is not what its manifest says (exit code 2)
     |   +-- ManifestError         the manifest is missing, malformed or from a newer version
     |   +-- IntegrityError        a file changed, went missing, or was replaced by a link
@@ -54,6 +55,10 @@ class ImageError(InputError):
 
 class PromptError(InputError):
     """A prompt that does not fit the profile."""
+
+
+class CalibrationError(InputError):
+    """Calibration data that is of another model, was changed since it was collected, or cannot calibrate anything."""
 
 
 class BundleError(SievertError):

@@ -9,6 +9,8 @@ from sievert.bundle.errors import IntegrityError, VariantError
 
 MANIFEST = "sievert.json"
 LOCK = ".sievert.lock"
+FULL = "full"
+"""The unpruned variant that every bundle has."""
 
 SUFFIXES = frozenset({".onnx", ".data", ".engine", ".json", ".npz"})
 """Suffixes of the files that steps write under content-hashed names."""

@@ -14,9 +14,9 @@ from PIL import Image
 
 import sievert as package
 from sievert.bundle.errors import InputError
+from sievert.calibration.questions import Asked, normalise
 from sievert.engines.run.pipeline import Pipeline
-from sievert.eval_journal import Asked, Journal, Said
-from sievert.eval_questions import normalise
+from sievert.eval_journal import Journal, Said
 from sievert.eval_score import estimate_change, estimate_share
 from tests.api.conftest import content, sievert
 from tests.api.test_bad_input import png_of_claimed_size, refused

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from sievert.bundle.errors import ImageError, InputError, PromptError
+from sievert.bundle.names import FULL
 from sievert.bundle.store import Bundle
 from sievert.engines.run.prompt import Prompter
-from sievert.eval_journal import Asked
-from sievert.planning import FULL
 
 LINE: Final = '{"image": "photo.png", "prompt": "what is this?", "answer": "a cat"}'
 """One with several images has ``"images": ["one.png", "two.png"]`` in the place of ``"image"``."""
@@ -21,19 +20,33 @@ _ENDS: Final = ".,;:!?…。！？，；：、"
 
 
 @dataclass(frozen=True)
+class Asked:
+    """What an answer is to: the SHA-256 of the image file's bytes (of several, that of their hashes in order), and the prompt."""
+
+    image: str
+    prompt: str
+
+
+@dataclass(frozen=True)
 class Question:
-    """One line. ``answers`` are all that count as right, none where the line gives none; ``image_name`` is how the line names the image;
-    several stand one after the other, as JSON.
+    """One line. ``answers`` are all that count as right, none where the line gives none; ``names`` are the images as the line names them,
+    ``hashes`` the SHA-256 of their bytes.
 
     ``asked`` is what the model is given: lines that differ in nothing else are one question to it.
     """
 
     line: int
     images: tuple[Path, ...]
-    image_name: str
+    names: tuple[str, ...]
+    hashes: tuple[str, ...]
     prompt: str
     answers: tuple[str, ...]
     asked: Asked
+
+    @property
+    def image_name(self) -> str:
+        """How the line names the image; several as JSON."""
+        return self.names[0] if len(self.names) == 1 else json.dumps(self.names, ensure_ascii=False)
 
 
 @dataclass(frozen=True)
@@ -74,9 +87,8 @@ def read_questions(path: Path, *, limit: int = 0) -> Questions:
         for place in places:
             if place not in hashes:
                 hashes[place] = _hash_image(f"{path}, line {number}", place)
-        name = images[0] if len(images) == 1 else json.dumps(images, ensure_ascii=False)
-        asked = Asked(_join_hashes([hashes[place] for place in places]), prompt)
-        questions.append(Question(number, places, name, prompt, answers, asked))
+        found = tuple(hashes[place] for place in places)
+        questions.append(Question(number, places, tuple(images), found, prompt, answers, Asked(_join_hashes(found), prompt)))
         if len(questions) == limit:
             break
     if not questions:
@@ -87,12 +99,14 @@ def read_questions(path: Path, *, limit: int = 0) -> Questions:
 def check_questions(questions: Questions, bundle: Bundle, variants: Sequence[str], *, template: bool, tell: Callable[[int], None]) -> None:
     """Bring every question to what the graphs of all ``variants`` take, so that none fails after hours. ``tell`` is given the number done.
 
+    The variants take the same number of images per prompt.
+
     Raises:
         ImageError, PromptError: an image or prompt that the model, or a variant, cannot take; the message names the line and the variant.
     """
     geometry = bundle.manifest.geometry
     # All the text the model has positions for: it is said below which variant has less room.
-    roomy = bundle.variant(FULL).profile.model_copy(update={"batch": 1, "max_text": geometry.max_positions})
+    roomy = bundle.variant(variants[0]).profile.model_copy(update={"batch": 1, "max_text": geometry.max_positions})
     prompter = Prompter(bundle.path, geometry, roomy)
     for number, question in enumerate(questions.questions):
         tell(number)

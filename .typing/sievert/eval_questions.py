@@ -1,1 +1,0 @@
-../../api/eval_questions.py

@@ -1,0 +1,95 @@
+"""Commands about precision: collect calibration data, and measure ranges with it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+from sievert import arguments as a
+from sievert.cli_ask import require_folder, write_file
+from sievert.console import Screen
+
+
+def collect(
+    bundle: a.BundlePath,
+    data: a.CalibrationData = "",
+    variant: a.CollectedVariant = "full",
+    samples: a.CalibrationSamples = None,
+    decode_steps: a.DecodeSteps = "3",
+    engine: a.Engine = "onnxruntime",
+    out: a.CollectionOut = "",
+    random: a.RandomData = False,
+    raw_prompt: a.RawPrompt = False,
+    force: a.Force = False,
+) -> None:
+    """Store what every graph is really fed, for calibration: your own images and prompts, through the whole chain.
+
+    Random data needs [bold]--random[/], and every command that uses it says so.
+    """
+    from sievert import tables_calibrate as tables
+    from sievert.collecting import collect as run_chain
+
+    screen = Screen()
+    with screen.progress() as progress, screen.counter("samples") as count:
+        found = run_chain(
+            bundle,
+            data,
+            variant=variant,
+            samples="auto" if samples is None else samples,
+            decode_steps=_steps(decode_steps),
+            engine=engine,
+            out=out,
+            random=random,
+            template=not raw_prompt,
+            force=force,
+            progress=progress,
+            on_count=count,
+        )
+    place = str(Path(out) if out else found.path)
+    screen.show(tables.collection_table(found))
+    for line in tables.collection_lines(found, place):
+        screen.show(line)
+    screen.next(f"ranges {shlex.quote(str(bundle))} --collection {shlex.quote(place)}")
+
+
+def ranges(
+    bundle: a.BundlePath,
+    collection: a.CollectionFolder = "",
+    variant: a.RangedVariant = "",
+    dtype: a.NarrowDType = a.NarrowDTypeName.float16,
+    engine: a.LoweredFor = "",
+    worst: a.Worst = 20,
+    report: a.JsonFile = None,
+) -> None:
+    """Measure every tensor of a variant on calibration data: what would overflow in 16 bit, and has to stay float32."""
+    from sievert import tables_calibrate as tables
+    from sievert.bundle.store import Bundle
+    from sievert.ranging import ranges as measure
+
+    screen = Screen()
+    if report is not None:
+        require_folder(report)
+    with screen.progress() as progress:
+        found = measure(bundle, collection, variant=variant, dtype=dtype.value, lowered_for=engine, progress=progress)
+    screen.show(tables.ranges_table(found, worst))
+    for line in tables.ranges_lines(found):
+        screen.show(line)
+    if report is not None:
+        write_file(report, (json.dumps(found.to_json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+        screen.show(f"Every tensor is in {shlex.quote(str(report))}")
+    model = shlex.quote(Bundle.open(bundle).manifest.source.model)
+    advised = "bfloat16" if found.keep_float32 else dtype.value
+    screen.next(f"export {model} OUT --dtype {advised}")
+
+
+def _steps(text: str) -> int | list[int]:
+    """``3`` is how many, ``1,4,16`` are which; ``8,`` is one."""
+    from sievert.bundle.errors import ProfileError
+
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    try:
+        numbers = [int(part) for part in parts]
+    except ValueError:
+        raise ProfileError(f"--decode-steps {text!r}: give how many (3) or which (1,4,16)") from None
+    return numbers if "," in text or len(numbers) != 1 else numbers[0]
