@@ -43,9 +43,9 @@ COLUMNS: Final = (
 
 def measure(selector: str, options: dict[str, Option], bundle: Path, data: Path, samples: int) -> list[str]:
     """One line of the table."""
-    layer: int | str = 0 if options.get("on") == "embeddings" else "auto"
-    cut = sievert.Cut(selector=selector, options=options, layer=layer)  # type: ignore[arg-type]
-    made = sievert.prune(bundle, cuts=(cut,), name="-".join([selector, *map(str, options.values())]))
+    made = sievert.prune(
+        bundle, cuts=(sievert.Cut(selector=selector, options=options),), name="-".join([selector, *map(str, options.values())])
+    )
     (built,) = sievert.build(bundle, variants=[made.name], engines=[TARGET])
     (outcome,) = sievert.check(bundle, variants=[made.name], engines=[TARGET], data=data, samples=samples).outcomes
     (plain,) = sievert.check(bundle, variants=[made.name], engines=["onnxruntime"], data=data, samples=samples).outcomes
