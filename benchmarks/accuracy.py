@@ -14,31 +14,26 @@ import json
 import sys
 import tempfile
 import time
-import zipfile
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.accuracy_answers import BATCH, MAX_NEW, answer
 from benchmarks.accuracy_arms import FULL, METHODS, Arm, Budget, Options, keep_arms, layer_arms, tuning_arms
 from benchmarks.accuracy_judge import Answers, Row, judge, median, paired
 from benchmarks.accuracy_tables import Tables, write_tables
 from benchmarks.stamp import ROOT, hash_code
-from examples.digits_lvlm.data import Item, Split, held_out
+from examples.digits_lvlm.data import Split, held_out
 from examples.digits_lvlm.questions import ASKED as KINDS
 from sievert.bundle.profile import Profile
 from sievert.bundle.store import Bundle
-from sievert.engines.run.dtypes import Array
-from sievert.engines.run.generate import generate
-from sievert.engines.run.pipeline import Features, Pipeline, PrefillResult
-from sievert.engines.run.prompt import PromptBatch, Prompter
+from sievert.engines.run.pipeline import Pipeline
+from sievert.engines.run.prompt import Prompter
 from sievert.eval_score import Estimate
 from sievert.exporter.export import export_model
 from sievert.exporter.write import write_bundle
@@ -55,26 +50,13 @@ MEASURED: Final = (
     "examples/digits_lvlm/data.py",
     "examples/digits_lvlm/questions.py",
     "benchmarks/accuracy.py",
+    "benchmarks/accuracy_answers.py",
     "benchmarks/accuracy_arms.py",
     "benchmarks/accuracy_judge.py",
     "benchmarks/accuracy_tables.py",
 )
-BATCH: Final = 16
 MAX_TEXT: Final = 24
-MAX_NEW: Final = 4
 TIMED_ROUNDS: Final = 15
-
-
-class Recording(Pipeline):
-    """A pipeline that remembers the logits of its last prefill: the distribution of the first answer token."""
-
-    logits: Array
-
-    def prefill(self, batch: PromptBatch, features: Features) -> PrefillResult:
-        """As the pipeline does."""
-        result = super().prefill(batch, features)
-        self.logits = result.logits
-        return result
 
 
 def prepare(folder: Path, checkpoint: Path) -> tuple[Bundle, Profile]:
@@ -92,75 +74,6 @@ def add_arms(bundle: Bundle, arms: Sequence[Arm], profile: Profile) -> None:
         made = bundle.manifest.variants.get(arm.name)
         if made is None or made.plan != arm.plan:
             add_variant(bundle, name=arm.name, plan=arm.plan, profile=profile, force=made is not None, command=f"accuracy {arm.name}")
-
-
-def answer(bundle: Bundle, arms: Sequence[Arm], questions: int, folder: Path, label: str, split: Split) -> dict[str, Answers]:
-    """All questions to all arms in one pass; the first arm is the unpruned model.
-
-    Prompts and vision features are computed once a batch and shared by the arms whose vision encoder gives no scores.
-    """
-    saved = folder / f"answers-{label}-{split}-{questions}.npz"
-    plans = json.dumps({arm.name: arm.plan.model_dump(mode="json") for arm in arms}, sort_keys=True)
-    taken: dict[str, list[list[float]]] = {arm.name: [] for arm in arms}  # per question: right, same, divergence
-    if saved.exists():
-        with np.load(saved) as file:
-            if str(file["plans"]) == plans:
-                taken = {name: file[name].tolist() for name in taken}
-    done = len(taken[arms[0].name])
-    pipelines = {arm.name: Recording(bundle, arm.name) for arm in arms} if done < questions else {}
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns) as progress:
-        bar = progress.add_task(f"{label}: {len(arms)} variants", total=questions, completed=done)
-        prompter = Prompter(bundle.path, bundle.manifest.geometry, bundle.variant(arms[0].name).profile)
-        for number, items in enumerate(_chunks(islice(held_out(questions, split=split), done, None))):
-            for name, rows in _answer_batch(pipelines, prompter, items).items():
-                taken[name] += rows
-            progress.advance(bar, len(items))
-            if number % 20 == 19:
-                _save(saved, plans, taken)
-    _save(saved, plans, taken)
-    return {name: Answers(*np.asarray(rows, np.float64).T) for name, rows in taken.items()}
-
-
-def _answer_batch(pipelines: Mapping[str, Recording], prompter: Prompter, items: Sequence[Item]) -> dict[str, list[list[float]]]:
-    batch = prompter.prepare([item.image for item in items], [item.question for item in items])
-    shared: Features | None = None
-    reference: tuple[list[str], Array] | None = None
-    rows: dict[str, list[list[float]]] = {}
-    for name, pipeline in pipelines.items():
-        plain = "visual_scores" not in {spec.name for spec in pipeline.variant.graphs["vision_encoder"].outputs}
-        features = shared if plain and shared is not None else pipeline.encode(batch.pixel_values)
-        shared = features if plain else shared
-        said = [one.text.strip() for one in generate(pipeline, prompter.tokenizer, batch, max_new_tokens=MAX_NEW, features=features)]
-        logs = _log_softmax(pipeline.logits[: len(items)])
-        reference = reference or (said, logs)
-        divergence = (np.exp(reference[1]) * (reference[1] - logs)).sum(axis=1)
-        rows[name] = [
-            [text == item.answer, text == first, float(kl)]
-            for text, item, first, kl in zip(said, items, reference[0], divergence, strict=True)
-        ]
-    return rows
-
-
-def _log_softmax(logits: Array) -> NDArray[np.float64]:
-    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
-    logs: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    return logs
-
-
-def _chunks(items: Iterator[Item]) -> Iterator[list[Item]]:
-    while chunk := list(islice(items, BATCH)):
-        yield chunk
-
-
-def _save(path: Path, plans: str, taken: Mapping[str, list[list[float]]]) -> None:
-    temporary = path.with_suffix(".part.npz")
-    arrays: dict[str, Any] = {"plans": np.asarray(plans), **{name: np.asarray(rows, np.float32) for name, rows in taken.items()}}
-    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, array in arrays.items():
-            with archive.open(f"{name}.npy", "w") as file:
-                np.save(file, array)
-    temporary.replace(path)
 
 
 def measure_times(bundle: Bundle, arms: Sequence[Arm], folder: Path) -> dict[str, Estimate]:
