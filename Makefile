@@ -10,7 +10,7 @@ EXTRAS ?= cpu,tensorrt-rtx,dev
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed.stamp
 
-.PHONY: help demo test test-all lint types links tables accuracy agreement sequential clean
+.PHONY: help demo test test-all lint types links tables accuracy agreement families sequential clean
 
 help:
 	@echo "make demo      export, prune, build, check and ask the shipped model"
@@ -21,6 +21,7 @@ help:
 	@echo "make links     refresh what type checkers see, after adding a file to api/"
 	@echo "make accuracy  the accuracy table of the shipped model (long)"
 	@echo "make agreement every selector against PyTorch on the shipped model, and built for TensorRT for RTX (long)"
+	@echo "make families  every model family, from checkpoint to engines (long)"
 	@echo "make sequential what selectors that choose one by one cost"
 	@echo "make tables    whether the committed tables still measure this code"
 	@echo "make clean     remove the environment and the caches"
@@ -54,6 +55,9 @@ accuracy: $(STAMP)
 
 agreement: $(STAMP)
 	$(BIN)/python benchmarks/agreement.py
+
+families: $(STAMP)
+	$(BIN)/python benchmarks/families.py
 
 sequential: $(STAMP)
 	$(BIN)/python benchmarks/sequential.py --rtx

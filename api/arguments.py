@@ -53,6 +53,16 @@ DecodeBatch = Annotated[
     int | None, Option("--decode-batch", metavar="N", help="Answers written at once. Default: as --batch.", rich_help_panel=_SIZE)
 ]
 Images = Annotated[int, Option("--images", metavar="N", help="Images in each prompt.", rich_help_panel=_SIZE)]
+ImageSize = Annotated[
+    str,
+    Option(
+        "--image-size",
+        metavar="HEIGHTxWIDTH|FILE",
+        help="Pixels of the images, or an image of that size, where a model takes several sizes. Default: its own.",
+        rich_help_panel=_SIZE,
+        show_default=False,
+    ),
+]
 
 # export and prune
 Layers = Annotated[

@@ -30,6 +30,7 @@ def export(
     batch: a.Batch = 1,
     decode_batch: a.DecodeBatch = None,
     images: a.Images = 1,
+    image_size: a.ImageSize = "",
     engine: a.SomeEngines = None,
     force: a.Force = False,
 ) -> None:
@@ -40,6 +41,7 @@ def export(
     from sievert import tables
     from sievert.bundle.errors import PlanError
     from sievert.exporting import export as export_bundle
+    from sievert.exporting import parse_size
 
     if no_prune and (layer or keep or selector or option or plan or name):
         raise PlanError("--no-prune was given together with what to drop: leave out one or the other")
@@ -50,6 +52,7 @@ def export(
             model,
             out,
             dtype=dtype.value,
+            image_size=parse_size(image_size) if image_size else None,
             cuts=cuts,
             positions=positions.value if positions else "auto",
             plan=plan,

@@ -19,7 +19,7 @@ from sievert.engines.run.prompt import Pictures, PromptBatch, Prompter
 from sievert.engines.run.sampling import Sampling
 from sievert.planning import Cut, choose_layer, make_plan
 from sievert.progress import Progress, Size, silent
-from sievert.running import Answer, Watched, answer_batch, choose_limit, show_pixels
+from sievert.running import Answer, Watched, answer_batch, choose_limit, show_pictures
 
 if TYPE_CHECKING:
     from sievert.graph_passes.prune import Preview
@@ -44,7 +44,7 @@ class Comparison:
     prompt: str
     answer: str
     visual_tokens: int
-    grid: tuple[int, int]
+    grid: tuple[int, int] | None
     pictures: tuple[Image.Image, ...]
     compared: tuple[Compared, ...]
     refused: Mapping[str, str]
@@ -114,7 +114,7 @@ def compare_selectors(
         answer=unpruned.text.strip(),
         visual_tokens=profile.visual_tokens,
         grid=geometry.grid,
-        pictures=show_pixels(opened.path, asked.batch.pixel_values[0]),
+        pictures=show_pictures(opened.path, geometry, asked.batch),
         compared=tuple(compared),
         refused=refused,
     )

@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from sievert.bundle.errors import InputError
+
 if TYPE_CHECKING:
     from sievert.comparing import Comparison
     from sievert.running import Answers
@@ -140,7 +142,7 @@ def draw_answers(found: Answers) -> Image.Image:
         )
         for answer in found.answers
     ]
-    return draw_kept(found.pictures, found.grid, rows)
+    return draw_kept(found.pictures, _require_grid(found.grid), rows)
 
 
 @dataclass(frozen=True)
@@ -180,4 +182,12 @@ def draw_comparison(found: Comparison) -> Image.Image:
         layers = ", ".join(str(stage.layer) for stage in stages)
         title = f"{each.selector}: {stages[-1].keep} of {found.visual_tokens}, layer{'s' if len(stages) > 1 else ''} {layers}"
         tiles.append(Tile(title, each.answer, frozenset(each.kept)))
-    return draw_tiles(found.pictures, found.grid, found.prompt, tiles)
+    return draw_tiles(found.pictures, _require_grid(found.grid), found.prompt, tiles)
+
+
+def _require_grid(grid: tuple[int, int] | None) -> tuple[int, int]:
+    if grid is None:
+        raise InputError(
+            "what was kept cannot be drawn: the visual tokens of this model's pictures are no single grid (tiles, line breaks)"
+        )
+    return grid

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,10 +12,11 @@ from typing import TYPE_CHECKING
 
 from sievert.building import Built, build_variant, require_builders
 from sievert.bundle.create import check_place
-from sievert.bundle.errors import SievertError
+from sievert.bundle.errors import InputError, SievertError
 from sievert.bundle.names import FULL
 from sievert.bundle.plan import Plan
 from sievert.bundle.specs import Geometry
+from sievert.engines.run.images import load_image
 from sievert.plan_file import choose_cuts
 from sievert.planning import Cut, Positions, describe_profile, make_plan, make_profile, name_variant
 from sievert.progress import Progress, Size, silent
@@ -38,6 +40,7 @@ def export(
     out: str | Path = "",
     *,
     dtype: DType = "float32",
+    image_size: tuple[int, int] | None = None,
     cuts: Sequence[Cut] = (Cut(),),
     positions: Positions = "auto",
     plan: str | Path | Plan = "",
@@ -71,15 +74,16 @@ def export(
     target = Path(out) if str(out) else default_place(model)
     require_builders(engines)
     check_place(target.expanduser().resolve(), force=force)
-    geometry = read_geometry(model, progress=progress)
+    geometry = read_geometry(model, image_size=image_size, progress=progress)
     profile = make_profile(
         geometry, batch=batch, decode_batch=decode_batch, images=images, max_text=max_text, max_new_tokens=max_new_tokens
     )
     plans = name_plans(geometry, cuts, positions=positions, name=name, images=images)
     progress("tracing the model")
-    exported = export_model(model, dtype=dtype)
+    exported = export_model(model, dtype=dtype, image_size=image_size)
     progress("writing the weights")
-    command = f"export {model} --dtype {dtype} {describe_profile(profile)}"
+    size = f" --image-size {geometry.image_height}x{geometry.image_width}" if image_size else ""
+    command = f"export {model} --dtype {dtype}{size} {describe_profile(profile)}"
     bundle = write_bundle(exported, target.expanduser(), force=force, command=command)
     del exported  # the weights: gigabytes that engines are built without
     try:
@@ -92,19 +96,34 @@ def export(
     return ExportResult(bundle.path, tuple(made), tuple(built))
 
 
+def parse_size(text: str) -> tuple[int, int]:
+    """Height and width from ``HEIGHTxWIDTH``, or those of an image file.
+
+    Raises:
+        InputError: neither.
+        ImageError: a file that is no image.
+    """
+    if found := re.fullmatch(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", text.strip().lower()):
+        return int(found[1]), int(found[2])
+    if not Path(text).is_file():
+        raise InputError(f"--image-size {text}: give HEIGHTxWIDTH in pixels, such as 448x672, or an image file")
+    picture = load_image(text)
+    return picture.height, picture.width
+
+
 def default_place(model: str | Path) -> Path:
     """``NAME-bundle`` in the current folder, after the checkpoint's folder or the last part of a hub id."""
     return Path(f"{Path(model).expanduser().resolve().name or 'model'}-bundle")
 
 
-def read_geometry(model: str | Path, *, progress: Progress = silent) -> Geometry:
+def read_geometry(model: str | Path, *, image_size: tuple[int, int] | None = None, progress: Progress = silent) -> Geometry:
     """The numbers of a model, from its small files; a hub id is downloaded. Raises as :func:`export` does for checkpoints."""
     from sievert.exporter.export import DOWNLOADS, examine_checkpoint
 
     progress("reading the configuration")
     hub = str(model).count("/") == 1 and not Path(model).expanduser().exists()
     with contextlib.nullcontext() if not hub else _growing(DOWNLOADS.expanduser(), f"downloading {model}", progress):
-        return examine_checkpoint(model).geometry
+        return examine_checkpoint(model, image_size=image_size).geometry
 
 
 @contextlib.contextmanager

@@ -51,7 +51,7 @@ class Answers:
     engine: str
     plan: Plan
     visual_tokens: int
-    grid: tuple[int, int]
+    grid: tuple[int, int] | None
     pictures: tuple[Image.Image, ...]
     vision_seconds: float
     answers: tuple[Answer, ...]
@@ -112,7 +112,7 @@ def run(
         plan=opened.variant(name).plan,
         visual_tokens=profile.visual_tokens,
         grid=opened.manifest.geometry.grid,
-        pictures=show_pixels(opened.path, batches[0].pixel_values[0]),
+        pictures=show_pictures(opened.path, opened.manifest.geometry, batches[0]),
         vision_seconds=looked,
         answers=tuple(answers),
     )
@@ -205,17 +205,19 @@ def number_patches(geometry: Geometry, tokens: Array) -> tuple[int, ...]:
 
     A class token of image i, which comes before its patches, is -1 - i.
     """
-    rows, columns = geometry.grid
+    rows, columns = geometry.grid or (1, geometry.visual_tokens)
     image, token = np.divmod(tokens, geometry.visual_tokens)
     patch = token + rows * columns - geometry.visual_tokens
     numbers: list[int] = np.where(patch < 0, -1 - image, image * rows * columns + patch).tolist()
     return tuple(numbers)
 
 
-def show_pixels(folder: Path, pixels: Array) -> tuple[Image.Image, ...]:
-    """The pictures that the vision encoder sees as ``pixels[C, H, W]``, or ``[M, C, H, W]`` of several."""
+def show_pictures(folder: Path, geometry: Geometry, batch: PromptBatch) -> tuple[Image.Image, ...]:
+    """The pictures of the first prompt as the vision encoder sees them, or, where it takes them apart, as they were given."""
+    if len(geometry.picture_shape) != len("CHW"):
+        return tuple(picture.resize((geometry.image_width, geometry.image_height)) for picture in batch.pictures[0])
     images = load_processor(folder).image_processor
-    several = pixels[None] if pixels.ndim == 3 else pixels
+    several = batch.pixel_values[0].reshape(-1, *geometry.picture_shape)
     channels = several.shape[1]
     normalised = bool(getattr(images, "do_normalize", True))
     mean, std = (images.image_mean, images.image_std) if normalised else ([0.0] * channels, [1.0] * channels)

@@ -183,7 +183,13 @@ class Budget:
         if key not in self._counted:
             stages = tuple(Stage(selector="uniform", layer=layer, keep=keep, requested=str(keep)) for layer, keep in cuts)
             plan = Plan(stages=stages)
-            graph = build_prefill(self._decoder, self._profile, plan, make_cuttings(plan, self._profile, self._model), self._model.grid)
+            graph = build_prefill(
+                self._decoder,
+                self._profile,
+                plan,
+                make_cuttings(plan, self._profile, self._model),
+                self._model.grid or (1, self._model.visual_tokens),
+            )
             self._counted[key] = count_flops(FixShapes()(graph).model)
         return self._counted[key]
 

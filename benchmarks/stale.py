@@ -10,12 +10,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.accuracy import MEASURED
 from benchmarks.agreement import MEASURED as AGREEMENT
+from benchmarks.families import MEASURED as FAMILIES
 from benchmarks.sequential import MEASURED as SEQUENTIAL
 from benchmarks.stamp import ROOT, hash_code
 
 TABLES = {
     "docs/accuracy.md": (MEASURED, "make accuracy"),
     "docs/agreement.md": (AGREEMENT, "make agreement"),
+    "docs/families.md": (FAMILIES, "make families"),
     "docs/sequential.md": (SEQUENTIAL, "make sequential"),
 }
 

@@ -45,8 +45,10 @@ class Geometry(Record):
     """The numbers of a model that every stage needs. Units are tokens, layers, heads, elements and pixels.
 
     ``attention_scale`` is what the decoder multiplies q.k by (1/sqrt(d) in most models); ``eos_token_ids`` are the stop
-    tokens of the generation config; ``grid`` is the patch grid (rows, columns) of one image after merging. ``vision_layers`` is the
-    vision encoder's depth, 0 in bundles made before it was recorded; ``class_tokens`` stand before its patches.
+    tokens of the generation config. An image of ``image_height x image_width`` pixels becomes ``picture``, the shape of its
+    ``pixel_values``, with ``layout``, the other numbers the processor gives it (its grid, its size), and ``visual_tokens``. ``grid`` is
+    their patch grid (rows, columns), None where they are not one grid: tiles, or line breaks between them. ``vision_layers`` is the
+    depth of a vision encoder whose attention can be read, 0 of others; ``class_tokens`` stand before its patches.
     """
 
     depth: int
@@ -63,7 +65,14 @@ class Geometry(Record):
     image_height: int
     image_width: int
     channels: int
-    grid: tuple[int, int]
+    grid: tuple[int, int] | None
     visual_tokens: int
+    picture: tuple[int, ...] = ()
+    layout: dict[str, tuple[int, ...]] = {}
     vision_layers: int = 0
     class_tokens: int = 0
+
+    @property
+    def picture_shape(self) -> tuple[int, ...]:
+        """``picture``; in bundles made before it was recorded ``[C, H, W]``."""
+        return self.picture or (self.channels, self.image_height, self.image_width)

@@ -125,9 +125,10 @@ def _judge(given: str, folder: Path) -> tuple[dict[str, Any], Architecture]:
 
 def _find_architecture(given: str, config: dict[str, Any]) -> Architecture:
     names = config.get("architectures") or []
-    for architecture in ARCHITECTURES:
-        if architecture.model_class in names:
-            return architecture
+    of_class = [architecture for architecture in ARCHITECTURES if architecture.model_class in names]
+    tower = (config.get("vision_config") or {}).get("model_type")
+    if of_class:
+        return next((architecture for architecture in of_class if tower in architecture.towers), of_class[0])
     kind = ", ".join(map(str, names)) or config.get("model_type") or "a model without a name"
     text_only = "" if "vision_config" in config else ", which has no vision tower"
     raise UnsupportedModelError(f"{given} is {kind}{text_only}; Sievert exports {supported()}")

@@ -40,10 +40,11 @@ def confirm_interface(name: str, model: ir.Model, geometry: Geometry) -> None:
         GraphError: naming the value, its shape, and the one expected.
     """
     g = geometry
-    text, image, images = (BATCH, SEQUENCE), (BATCH, g.visual_tokens, g.width), (BATCH, VISUAL, g.width)
+    text, images = (BATCH, SEQUENCE), (BATCH, VISUAL, g.width)
+    pictures = BATCH if g.vision_layers else 1  # a tower of one size takes any number
     hidden, cache = (BATCH, SEQUENCE, g.width), (BATCH, g.kv_heads, SEQUENCE, g.head_size)
     expected: dict[str, dict[str, tuple[int | str, ...]]] = {
-        VISION_ENCODER: {"pixel_values": (BATCH, g.channels, g.image_height, g.image_width), "image_features": image},
+        VISION_ENCODER: {"pixel_values": (pictures, *g.picture_shape), "image_features": (pictures, g.visual_tokens, g.width)},
         EMBED_TOKENS: {"input_ids": text, "image_features": images, "visual_index": (BATCH, VISUAL), "inputs_embeds": hidden},
         DECODER: {"inputs_embeds": hidden, "attention_mask": text, "position_ids": text, "logits": (BATCH, SEQUENCE, g.vocabulary)},
     }

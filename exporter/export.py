@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import torch
+from numpy.typing import NDArray
 from onnx_ir.passes import InPlacePass
 from onnx_ir.passes import common as common_passes
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from sievert.bundle.manifest import Source
 from sievert.bundle.specs import Geometry
-from sievert.exporter.architectures import Architecture
 from sievert.exporter.checkpoint import Checkpoint, open_checkpoint
 from sievert.exporter.confirm import confirm_decoder, confirm_interface
 from sievert.exporter.embed import build_embed_tokens
+from sievert.exporter.geometry import image_size as choose_size
 from sievert.exporter.geometry import read_geometry
 from sievert.exporter.load import DType, load_config, load_model, take_sliding_window, torch_dtype
 from sievert.exporter.modules import decoder, vision_encoder
 from sievert.exporter.names import BATCH, DECODER, EMBED_TOKENS, PRODUCER, SEQUENCE, VISION_ENCODER, decoder_outputs
 from sievert.exporter.passes import Float32Islands, Float32Output, HeadInCheckpointLayout, KeepScopes, NameInterface, RaiseOpset
+from sievert.exporter.pictures import picture_encoder
 from sievert.exporter.rotary import FuseRotary
 from sievert.exporter.structure import check_decoder
 from sievert.exporter.trace import trace
+from sievert.exporter.trial import try_processor
 from sievert.exporter.weights import Weight, WeightBinder, parameter_tensor
 
 logger = logging.getLogger(__name__)
@@ -41,7 +45,8 @@ class Exported:
 
     ``graphs`` are ``vision_encoder``, ``embed_tokens`` and ``decoder``; their large initializers are ``weights``, by name, and refer
     to the loaded parameters. ``parameters`` are the names of all parameters of the checkpoint. ``files`` lie in ``folder`` and belong
-    into a bundle: configuration, generation configuration, tokenizer, processor, chat template.
+    into a bundle: configuration, generation configuration, tokenizer, processor, chat template. ``processor`` is the class to load the
+    last with, if not the one they name.
     """
 
     graphs: dict[str, ir.Model]
@@ -51,37 +56,50 @@ class Exported:
     parameters: tuple[str, ...]
     folder: Path
     files: tuple[str, ...]
+    processor: str = ""
 
 
 @dataclass(frozen=True)
 class Examined:
-    """A checkpoint that can be exported as far as its small files tell; ``config`` is what its model will be built from."""
+    """A checkpoint that can be exported as far as its small files tell; ``config`` is what its model will be built from.
+
+    ``processed`` are its processor's arrays for one picture.
+    """
 
     checkpoint: Checkpoint
     config: PreTrainedConfig
     geometry: Geometry
+    processed: Mapping[str, NDArray[Any]]
 
 
-def examine_checkpoint(model: str | Path, *, downloads: Path = DOWNLOADS) -> Examined:
+def examine_checkpoint(model: str | Path, *, image_size: tuple[int, int] | None = None, downloads: Path = DOWNLOADS) -> Examined:
     """Everything that can be said of a checkpoint before its weights are read, in about a second; a hub id is downloaded.
+
+    ``image_size`` is (height, width) of the pictures to export for, in pixels; by default the model's own.
 
     Raises:
         CheckpointError: no checkpoint, or one that is incomplete or unsafe to read.
         UnsupportedModelError: a model that is not exported; the message names the reason.
+        InputError: a model of pictures of any size, and no ``image_size``.
     """
     checkpoint = open_checkpoint(model, downloads=downloads)
     config = load_config(checkpoint)
     text = config.get_text_config()
     check_decoder(text, checkpoint.architecture, given=checkpoint.given)
-    return Examined(checkpoint, config, read_geometry(checkpoint, config, window=take_sliding_window(text)))
+    size = choose_size(checkpoint, config, image_size)
+    trial = try_processor(checkpoint, config, size)
+    geometry = read_geometry(checkpoint, config, trial, size, window=take_sliding_window(text))
+    return Examined(checkpoint, config, geometry, trial.arrays)
 
 
-def export_model(model: str | Path, *, dtype: DType = "float32", downloads: Path = DOWNLOADS) -> Exported:
+def export_model(
+    model: str | Path, *, dtype: DType = "float32", image_size: tuple[int, int] | None = None, downloads: Path = DOWNLOADS
+) -> Exported:
     """Trace a checkpoint: a local folder, or a hub id that is downloaded below ``downloads`` first.
 
     Graphs have symbolic ``batch``, ``sequence`` and ``visual``: ``vision_encoder`` pixel_values[B, C, H, W] to the image_features[B, n, D]
-    of one image each; ``embed_tokens`` input_ids[B, S], image_features[B, Nv, D] of any number of images, visual_index[B, Nv] to
-    inputs_embeds[B, S, D]; ``decoder`` inputs_embeds,
+    of one image each, or pixel_values[1, *picture] of a single one of ``image_size``; ``embed_tokens`` input_ids[B, S],
+    image_features[B, Nv, D] of any number of images, visual_index[B, Nv] to inputs_embeds[B, S, D]; ``decoder`` inputs_embeds,
     attention_mask[B, S], position_ids[B, S] to logits[B, S, V] (float32) and present.{i}.key/.value[B, G, S, d]. All else is of
     ``dtype``, ids and masks int64; with 16 bit norms, softmax and rotary tables compute in float32.
 
@@ -92,14 +110,14 @@ def export_model(model: str | Path, *, dtype: DType = "float32", downloads: Path
         GraphError: tracing gave a graph without the structure the passes need.
     """
     precision = torch_dtype(dtype)
-    examined = examine_checkpoint(model, downloads=downloads)
+    examined = examine_checkpoint(model, image_size=image_size, downloads=downloads)
     checkpoint, config, geometry = examined.checkpoint, examined.config, examined.geometry
     logger.info("loading %s as %s", checkpoint.given, dtype)
     loaded = load_model(checkpoint, config, precision)
     graphs, binder = {}, WeightBinder(loaded.state_dict())
     for name, build in ((VISION_ENCODER, _vision_encoder), (EMBED_TOKENS, _embed_tokens), (DECODER, _decoder)):
         logger.info("building %s", name)
-        graphs[name] = build(loaded, checkpoint.architecture, geometry, precision)
+        graphs[name] = build(loaded, examined, precision)
         # At once: until then the graph holds transposed copies of its weights.
         binder.bind(name, graphs[name])
         confirm_interface(name, graphs[name], geometry)
@@ -111,23 +129,38 @@ def export_model(model: str | Path, *, dtype: DType = "float32", downloads: Path
         text=config.get_text_config().model_type,
         dtype=dtype,
     )
-    return Exported(graphs, binder.weights, geometry, source, tuple(loaded.state_dict()), checkpoint.folder, checkpoint.files)
+    return Exported(
+        graphs,
+        binder.weights,
+        geometry,
+        source,
+        tuple(loaded.state_dict()),
+        checkpoint.folder,
+        checkpoint.files,
+        checkpoint.architecture.processor,
+    )
 
 
-def _vision_encoder(loaded: PreTrainedModel, architecture: Architecture, geometry: Geometry, dtype: torch.dtype) -> ir.Model:
-    pixels = torch.zeros(2, geometry.channels, geometry.image_height, geometry.image_width, dtype=dtype)
-    axes = {"pixel_values": (BATCH,)}
-    model = trace(vision_encoder(loaded, architecture), {"pixel_values": pixels}, axes, what="the vision encoder")
+def _vision_encoder(loaded: PreTrainedModel, examined: Examined, dtype: torch.dtype) -> ir.Model:
+    module: torch.nn.Module
+    pictures, axes = 1, dict[str, tuple[str, ...]](pixel_values=())
+    if examined.checkpoint.architecture.tower is None:
+        module = picture_encoder(loaded, processed=examined.processed)
+    else:
+        module, pictures, axes = vision_encoder(loaded, examined.checkpoint.architecture.tower), 2, {"pixel_values": (BATCH,)}
+    pixels = torch.zeros(pictures, *examined.geometry.picture_shape, dtype=dtype)
+    model = trace(module, {"pixel_values": pixels}, axes, what="the vision encoder")
     _run(model, VISION_ENCODER, [NameInterface(axes, ("image_features",)), Float32Islands(), KeepScopes(), RaiseOpset()])
     return model
 
 
-def _embed_tokens(loaded: PreTrainedModel, architecture: Architecture, _: Geometry, __: torch.dtype) -> ir.Model:
-    table = loaded.get_submodule(architecture.embedding).get_parameter("weight")
+def _embed_tokens(loaded: PreTrainedModel, _: Examined, __: torch.dtype) -> ir.Model:
+    table = loaded.get_input_embeddings().get_parameter("weight")
     return build_embed_tokens(parameter_tensor(table, "table"), name="table")
 
 
-def _decoder(loaded: PreTrainedModel, architecture: Architecture, geometry: Geometry, dtype: torch.dtype) -> ir.Model:
+def _decoder(loaded: PreTrainedModel, examined: Examined, dtype: torch.dtype) -> ir.Model:
+    geometry = examined.geometry
     batch, length = 2, 7  # any sizes from 2, different from each other; the graph keeps neither
     axes = {"inputs_embeds": (BATCH, SEQUENCE), "attention_mask": (BATCH, SEQUENCE), "position_ids": (BATCH, SEQUENCE)}
     inputs = {
@@ -135,7 +168,7 @@ def _decoder(loaded: PreTrainedModel, architecture: Architecture, geometry: Geom
         "attention_mask": torch.ones(batch, length, dtype=torch.int64),
         "position_ids": torch.arange(length).expand(batch, length).contiguous(),
     }
-    model = trace(decoder(loaded, architecture), inputs, axes, what="the decoder")
+    model = trace(decoder(loaded), inputs, axes, what="the decoder")
     passes: list[InPlacePass] = [
         NameInterface(axes, decoder_outputs(geometry.depth)),
         FuseRotary(),  # before merging: it takes each layer's own spelled-out embedding apart

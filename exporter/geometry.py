@@ -2,55 +2,69 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, Final
 
-import numpy as np
-import transformers
-from PIL import Image
 from transformers import GenerationConfig, PreTrainedConfig
 
-from sievert.bundle.errors import CheckpointError, UnsupportedModelError
+from sievert.bundle.errors import CheckpointError, InputError, UnsupportedModelError
+from sievert.bundle.pictures import PIXELS
 from sievert.bundle.specs import Geometry
+from sievert.exporter.architectures.base import Tower
 from sievert.exporter.checkpoint import Checkpoint
-from sievert.exporter.quiet import quiet
+from sievert.exporter.trial import Trial
+
+_CHANNELS: Final = 3
+_IMAGE_AXES: Final = 3
 
 
-def read_geometry(checkpoint: Checkpoint, config: PreTrainedConfig, *, window: int | None) -> Geometry:
-    """Geometry of the checkpoint. ``window`` is the decoder's sliding window, if any: no position beyond it is promised.
+def image_size(checkpoint: Checkpoint, config: PreTrainedConfig, asked: tuple[int, int] | None = None) -> tuple[int, int]:
+    """Height and width of the pictures to export for: ``asked``, the family's, or the configuration's own.
+
+    Raises:
+        UnsupportedModelError: a tower of one size was asked for another, or is not square.
+        InputError: the size has to be asked for.
+    """
+    own = getattr(config.vision_config, "image_size", None)
+    if checkpoint.architecture.tower is not None:
+        side = _one_size(own, "image_size", checkpoint.given)
+        if asked not in (None, (side, side)):
+            raise UnsupportedModelError(
+                f"{checkpoint.given}: its vision tower takes images of {side}x{side} pixels whatever they were: leave --image-size out"
+            )
+        return side, side
+    if asked is not None or checkpoint.architecture.image_size is not None:
+        return asked or checkpoint.architecture.image_size or (0, 0)
+    if own is None:
+        raise InputError(f"{checkpoint.given} takes images of any size: say with --image-size HEIGHTxWIDTH which to export for")
+    return (own, own) if isinstance(own, int) else (int(own[0]), int(own[1]))
+
+
+def read_geometry(checkpoint: Checkpoint, config: PreTrainedConfig, trial: Trial, size: tuple[int, int], *, window: int | None) -> Geometry:
+    """Geometry of the checkpoint for pictures of ``size`` (height, width), which the processor has tried.
+
+    ``window`` is the decoder's sliding window, if any: no position beyond it is promised.
 
     Where the tower's class token is kept, or a patch is dropped, ``visual_tokens`` differs from the patches of ``grid``: the visual
     token of place p then is patch ``p - (visual_tokens - rows * columns)``, and a negative number is a class token.
 
     Raises:
-        CheckpointError: the processor is missing, broken, or made for another model.
+        CheckpointError: the processor was made for another model, or the stop tokens cannot be read.
         UnsupportedModelError: the model has no room for a prompt beside one image.
     """
     architecture, given = checkpoint.architecture, checkpoint.given
     text, vision = config.get_text_config(), config.vision_config
-    side = _one_size(vision.image_size, "image_size", given)
-    rows = side // _one_size(vision.patch_size, "patch_size", given)
-    select = getattr(config, architecture.feature_select)
-    if select not in architecture.leading_dropped:
-        raise UnsupportedModelError(
-            f"{given}: {architecture.feature_select} is {select!r}; Sievert exports {', '.join(map(repr, architecture.leading_dropped))}"
-        )
-    visual = rows * rows + architecture.towers[vision.model_type] - architecture.leading_dropped[select]
+    grid = _find_grid(trial, size)
+    if architecture.tower is not None:
+        grid = _check_tower(checkpoint, config, trial, architecture.tower)
     positions = text.max_position_embeddings if window is None else min(text.max_position_embeddings, window)
-    if positions <= visual + 1:
+    if positions <= trial.visual + 1:
         limit = "sliding window" if window == positions else "position table"
         raise UnsupportedModelError(
-            f"{given}: an image takes {visual} tokens but the decoder's {limit} ends at {positions}: no prompt fits"
+            f"{given}: an image takes {trial.visual} tokens but the decoder's {limit} ends at {positions}: no prompt fits"
         )
-    image_token: int = config.image_token_id
-    if not 0 <= image_token < text.vocab_size:
-        raise CheckpointError(
-            f"{given}: the image token {image_token} lies outside the embedding table of {text.vocab_size} rows: resize the embeddings "
-            "(model.resize_token_embeddings) and save the checkpoint again"
-        )
-    processor = _load_processor(checkpoint)
-    _check_processor(processor, given=given, size=(vision.num_channels, side, side), image_token=image_token, visual=visual, text=text)
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    eos = _stop_tokens(checkpoint, text, processor.tokenizer)
+    eos = _stop_tokens(checkpoint, text, trial.processor.tokenizer)
     return Geometry(
         depth=text.num_hidden_layers,
         width=text.hidden_size,
@@ -60,17 +74,61 @@ def read_geometry(checkpoint: Checkpoint, config: PreTrainedConfig, *, window: i
         vocabulary=text.vocab_size,
         attention_scale=head_size**-0.5,
         max_positions=positions,
-        image_token_id=image_token,
-        pad_token_id=_pad_token(text, processor.tokenizer, eos),
+        image_token_id=int(config.image_token_id),
+        pad_token_id=_pad_token(text, trial.processor.tokenizer, eos),
         eos_token_ids=eos,
-        image_height=side,
-        image_width=side,
-        channels=vision.num_channels,
-        grid=(rows, rows),
-        visual_tokens=visual,
-        vision_layers=vision.num_hidden_layers,
-        class_tokens=architecture.towers[vision.model_type],
+        image_height=size[0],
+        image_width=size[1],
+        channels=getattr(vision, "num_channels", _CHANNELS),
+        grid=grid,
+        visual_tokens=trial.visual,
+        picture=trial.picture,
+        layout=trial.layout,
+        vision_layers=0 if architecture.tower is None else vision.num_hidden_layers,
+        class_tokens=0 if architecture.tower is None else architecture.towers[vision.model_type],
     )
+
+
+def _find_grid(trial: Trial, size: tuple[int, int]) -> tuple[int, int] | None:
+    """Rows and columns of the visual tokens, where they are one grid in the proportions of the picture; None of tiles and odd counts."""
+    height, width = size
+    for name, numbers in trial.layout.items():
+        if "grid" in name:
+            height, width = numbers[-2:]
+    if len(trial.picture) > _IMAGE_AXES:
+        return None
+    rows = math.isqrt(trial.visual * height // width)
+    columns = trial.visual // max(rows, 1)
+    return (rows, columns) if rows * columns == trial.visual and rows * width == columns * height else None
+
+
+def _check_tower(checkpoint: Checkpoint, config: PreTrainedConfig, trial: Trial, tower: Tower) -> tuple[int, int]:
+    """What the processor made must be what the tower takes and gives; returns the grid of its patches.
+
+    Raises:
+        CheckpointError: it is not.
+        UnsupportedModelError: a setting of the tower that is not exported.
+    """
+    given, vision = checkpoint.given, config.vision_config
+    side = _one_size(vision.image_size, "image_size", given)
+    rows = side // _one_size(vision.patch_size, "patch_size", given)
+    select = getattr(config, tower.feature_select)
+    if select not in tower.leading_dropped:
+        raise UnsupportedModelError(
+            f"{given}: {tower.feature_select} is {select!r}; Sievert exports {', '.join(map(repr, tower.leading_dropped))}"
+        )
+    taken = [1, vision.num_channels, side, side]
+    if list(trial.arrays[PIXELS].shape) != taken:
+        raise CheckpointError(
+            f"{given}: the processor makes images of shape {list(trial.arrays[PIXELS].shape)}, the vision tower takes {taken}"
+        )
+    visual = rows * rows + checkpoint.architecture.towers[vision.model_type] - tower.leading_dropped[select]
+    if trial.visual != visual:
+        raise CheckpointError(
+            f"{given}: the processor writes {trial.visual} image tokens, the vision tower gives {visual}: its patch_size, "
+            "num_additional_image_tokens and vision_feature_select_strategy must be this model's"
+        )
+    return rows, rows
 
 
 def _one_size(value: Any, name: str, given: str) -> int:
@@ -78,54 +136,6 @@ def _one_size(value: Any, name: str, given: str) -> int:
     if len(sides) != 1:
         raise UnsupportedModelError(f"{given}: {name} of the vision tower is {value}, expected a square")
     return int(sides.pop())
-
-
-def _load_processor(checkpoint: Checkpoint) -> Any:
-    auto: Any = transformers.AutoProcessor
-    try:
-        with quiet("loading the processor"):
-            processor = auto.from_pretrained(checkpoint.folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{checkpoint.given}: its processor cannot be loaded ({error}): add the processor and tokenizer files of the model it came from"
-        ) from error
-    if not all(hasattr(processor, part) for part in ("image_processor", "tokenizer")):
-        raise CheckpointError(
-            f"{checkpoint.given}: its processor is a {type(processor).__name__}, which does not take an image and a text: "
-            "add the processor_config.json of the model it came from"
-        )
-    return processor
-
-
-def _check_processor(
-    processor: Any, *, given: str, size: tuple[int, int, int], image_token: int, visual: int, text: PreTrainedConfig
-) -> None:
-    """Run the processor on a blank image: what it makes must be what the model takes."""
-    tokenizer = processor.tokenizer
-    if len(tokenizer) > text.vocab_size:
-        raise CheckpointError(
-            f"{given}: the tokenizer has {len(tokenizer)} tokens but the embedding table {text.vocab_size} rows: they are of two models"
-        )
-    token = tokenizer.convert_ids_to_tokens(image_token)
-    if token != getattr(processor, "image_token", token):
-        raise CheckpointError(f"{given}: the model's image token is {token!r} ({image_token}), the processor's {processor.image_token!r}")
-    try:
-        with quiet("trying the processor"):
-            made = processor(images=[Image.new("RGB", (size[2], size[1]))], text=[token], return_tensors="np")
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-        raise CheckpointError(
-            f"{given}: its processor fails on a blank image and the prompt {token!r} ({error}): processor_config.json must hold patch_size "
-            "and vision_feature_select_strategy of this model"
-        ) from error
-    pixels = np.asarray(made["pixel_values"]).shape
-    if pixels != (1, *size):
-        raise CheckpointError(f"{given}: the processor makes images of shape {list(pixels)}, the vision tower takes {[1, *size]}")
-    count = int((np.asarray(made["input_ids"]) == image_token).sum())
-    if count != visual:
-        raise CheckpointError(
-            f"{given}: the processor writes {count} image tokens, the vision tower gives {visual}: its patch_size, "
-            "num_additional_image_tokens and vision_feature_select_strategy must be this model's"
-        )
 
 
 def _stop_tokens(checkpoint: Checkpoint, text: PreTrainedConfig, tokenizer: Any) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
-from sievert.exporter.architectures import Architecture
+from sievert.exporter.architectures.base import Tower
 
 
 class VisionEncoder(nn.Module):
@@ -34,18 +34,18 @@ class VisionEncoder(nn.Module):
         return {"image_features": self.projector(hidden)}
 
 
-def vision_encoder(model: PreTrainedModel, architecture: Architecture) -> VisionEncoder:
+def vision_encoder(model: PreTrainedModel, tower: Tower) -> VisionEncoder:
     """The model's vision encoder as one module."""
-    layers = getattr(model.config, architecture.feature_layer)
+    layers = getattr(model.config, tower.feature_layer)
     return VisionEncoder(
-        model.get_submodule(architecture.vision_tower),
-        model.get_submodule(architecture.projector),
+        model.get_submodule(tower.encoder),
+        model.get_submodule(tower.projector),
         layers=[layers] if isinstance(layers, int) else list(layers),
-        dropped=architecture.leading_dropped[getattr(model.config, architecture.feature_select)],
+        dropped=tower.leading_dropped[getattr(model.config, tower.feature_select)],
     ).eval()
 
 
-def decoder(model: PreTrainedModel, architecture: Architecture) -> PreTrainedModel:
+def decoder(model: PreTrainedModel) -> PreTrainedModel:
     """The model's decoder with its head, as the text model's own causal class: embeddings to logits and caches."""
     config = model.config.get_text_config()
     # A checkpoint may carry its trainer's settings; the graph's outputs are logits and caches whatever they say.
@@ -54,7 +54,7 @@ def decoder(model: PreTrainedModel, architecture: Architecture) -> PreTrainedMod
     with torch.device("meta"):
         causal = auto.from_config(config, trust_remote_code=False)
     # Both classes name the body and the head alike, by convention of all decoders.
-    causal.model = model.get_submodule(architecture.language_model)
-    causal.lm_head = model.get_submodule(architecture.head)
+    whole: Any = model
+    causal.model, causal.lm_head = whole.get_decoder(), whole.get_output_embeddings()
     module: PreTrainedModel = causal.eval()
     return module

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ import onnx_ir as ir
 
 from sievert.bundle.errors import CheckpointError
 from sievert.bundle.manifest import GraphEntry, Manifest, WeightEntry
+from sievert.bundle.processor import FILES, KEY
 from sievert.bundle.specs import describe_values
 from sievert.bundle.store import Bundle, NewBundle
 from sievert.exporter.export import Exported
@@ -31,7 +33,7 @@ def write_bundle(exported: Exported, path: str | Path, *, force: bool = False, c
     """
     with Bundle.create(path, force=force, command=command) as new:
         for name in exported.files:
-            _copy(exported.folder / name, new.path / name)
+            _copy(exported.folder / name, new.path / name, processor=exported.processor)
         weights_file, entries = _write_weights(new, exported.weights)
         graphs = {
             name: GraphEntry(
@@ -89,10 +91,12 @@ def _write_weights(new: NewBundle, weights: tuple[Weight, ...]) -> tuple[str, di
     return new.add_file(path, "weights", ".data"), entries
 
 
-def _copy(source: Path, target: Path) -> None:
-    """Content, not links: a hub cache is symbolic links."""
+def _copy(source: Path, target: Path, *, processor: str) -> None:
+    """Content, not links: a hub cache is symbolic links. Where a file names the processor's class, it is to name ``processor``."""
     try:
         data = source.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{source} can no longer be read ({error.strerror or error}): export again") from error
+    if processor and source.name in FILES and KEY in (content := json.loads(data)):
+        data = json.dumps(content | {KEY: processor}, indent=2).encode()
     target.write_bytes(data)

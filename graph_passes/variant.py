@@ -47,15 +47,13 @@ def make_variant(
     batch, length, pictures = profile.batch, profile.sequence, profile.batch * profile.images
     features = (batch, profile.visual_tokens, geometry.width)
     progress("vision_encoder")
-    graphs = {
-        "vision_encoder": specialise(
-            dynamic["vision_encoder"], {"pixel_values": (pictures, geometry.channels, geometry.image_height, geometry.image_width)}
-        )
-    }
+    alone = isinstance(_first_axis(dynamic["vision_encoder"]), int)  # it takes one picture, and runs once for each
+    shape = (1 if alone else pictures, *geometry.picture_shape)
+    graphs = {"vision_encoder": specialise(dynamic["vision_encoder"], {"pixel_values": shape})}
     tap = cuttings[0].selector.vision_tap if cuttings else None
     if tap is not None:
         graphs["vision_encoder"] = FixShapes()(AddVisionScores(tap, geometry)(graphs["vision_encoder"])).model
-    if profile.images > 1:
+    if profile.images > 1 and not alone:
         graphs["vision_encoder"] = merge_images(graphs["vision_encoder"], batch, profile.images)
     progress("embed_tokens")
     graphs["embed_tokens"] = specialise(
@@ -63,10 +61,15 @@ def make_variant(
         {"input_ids": (batch, length), "image_features": features, "visual_index": (batch, profile.visual_tokens)},
     )
     progress("prefill")
-    graphs["prefill"] = FixShapes()(build_prefill(decoder, profile, plan, cuttings, geometry.grid)).model
+    graphs["prefill"] = FixShapes()(build_prefill(decoder, profile, plan, cuttings, geometry.grid or (1, geometry.visual_tokens))).model
     progress("decode")
     graphs["decode"] = FixShapes()(build_decode(decoder, dynamic["embed_tokens"], profile, plan)).model
     return graphs
+
+
+def _first_axis(vision_encoder: ir.Model) -> object:
+    shape = vision_encoder.graph.inputs[0].shape
+    return None if shape is None else shape[0]
 
 
 def _check_images(embed_tokens: ir.Model) -> None:

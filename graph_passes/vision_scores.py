@@ -124,7 +124,8 @@ class AddVisionScores(ir.passes.InPlacePass):
         if form.mask is not None or form.causal or form.heads != form.kv_heads:
             raise GraphError(f"{what} has a mask or grouped heads: expected every patch to see every patch, in {form.kv_heads} heads")
         g = self.geometry
-        patches, visual = g.grid[0] * g.grid[1], g.visual_tokens
+        rows, columns = g.grid or (0, 0)
+        patches, visual = rows * columns, g.visual_tokens
         leading = form.keys - patches
         # A bundle made before class tokens were recorded may have one.
         expected = {g.class_tokens} if g.vision_layers else {0, 1}

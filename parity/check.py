@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 
 from sievert.bundle.errors import ProfileError
+from sievert.bundle.pictures import PIXELS
 from sievert.bundle.store import Bundle
 from sievert.engines.run.generate import generate
 from sievert.engines.run.pipeline import Pipeline
@@ -148,7 +149,8 @@ def _check_group(
     seen = observe_prefill(pipeline, batch, exposed=exposed)
     references: list[ReferenceRecord] = []
     for row, record in enumerate(seen.records()):
-        inputs = ReferenceInputs(batch.unpadded(row), batch.pixel_values[row])
+        processed = batch.processed[row]
+        inputs = ReferenceInputs(batch.unpadded(row), processed[PIXELS], pipeline.profile.images, processed)
         kept = usable_kept(record, [stage.keep for stage in plan.stages], np.sort(batch.visual_index[row]))
         references.append(reference.record(inputs, plan, kept=kept, tokens=steps))
     observe_tokens(pipeline, seen, [record.tokens for record in references])

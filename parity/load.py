@@ -30,12 +30,12 @@ def load_reference(manifest: Manifest, *, model: str | Path | None = None) -> Re
         given = "the model to compare with" if model is not None else "the model this bundle was exported from"
         raise InputError(f"{given} is not at {name!r} any more: pass --model with its folder or hub id")
     dtype: torch.dtype = getattr(torch, manifest.source.dtype)
-    architecture: Any = transformers.LlavaForConditionalGeneration  # transformers gives `from_pretrained` no useful type
+    architecture: Any = getattr(transformers, manifest.source.architecture)  # transformers gives `from_pretrained` no useful type
     try:
         loaded = architecture.from_pretrained(name, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{name!r} cannot be loaded as the reference: {error}; pass --model with the model's folder") from error
-    text, geometry = loaded.config.text_config, manifest.geometry
+    text, geometry = loaded.config.get_text_config(), manifest.geometry
     found = (text.num_hidden_layers, text.hidden_size, text.vocab_size)
     wanted = (geometry.depth, geometry.width, geometry.vocabulary)
     if found != wanted:

@@ -6,8 +6,8 @@ ones. A plan without stages is the unpruned model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from transformers import DynamicCache
 
 from sievert.bundle.errors import UnsupportedModelError
 from sievert.bundle.plan import Plan
-from sievert.parity.hooks import stop_before, watch_outputs
+from sievert.parity.hooks import stop_before
 from sievert.parity.record import (
     EMBEDDINGS,
     LOGITS,
@@ -42,15 +42,14 @@ from sievert.parity.vision import patch_grid, watch_vision
 
 @dataclass(frozen=True)
 class ReferenceInputs:
-    """One prompt: ``input_ids[S]`` int64 with the placeholders of its images, ``pixel_values[3, H, W]``, or ``[M, 3, H, W]`` of several."""
+    """One prompt: ``input_ids[S]`` int64 with the placeholders of its ``images``, ``pixel_values`` as the model takes them, and what else
+    its processor makes (sizes, grids).
+    """
 
     input_ids: Index
     pixel_values: NDArray[Any]
-
-    @property
-    def images(self) -> int:
-        """M: how many pictures the prompt is about."""
-        return 1 if np.ndim(self.pixel_values) == 3 else len(self.pixel_values)
+    images: int = 1
+    processed: Mapping[str, NDArray[Any]] = field(default_factory=dict)
 
 
 @dataclass
@@ -90,14 +89,14 @@ class _Walk:
 
 
 class Reference:
-    """A ``LlavaForConditionalGeneration``; its weights and its forward are left alone.
+    """A vision-language model of transformers; its weights and its forward are left alone.
 
     ``rounded_to`` is the dtype images are rounded to before they enter, as an engine of that dtype would receive them.
     """
 
     def __init__(self, model: Any, *, rounded_to: torch.dtype = torch.float32) -> None:
         self.model = model.eval()
-        self.text = model.model.language_model
+        self.text = model.get_decoder()
         self.layers: Sequence[Any] = self.text.layers
         self.image_token_id = int(model.config.image_token_id)
         self.rounded_to = rounded_to
@@ -195,12 +194,13 @@ class Reference:
     ) -> tuple[torch.Tensor, torch.Tensor, dict[VisionTap, NDArray[np.float64]]]:
         """:meth:`embed`, and what the vision encoder says meanwhile."""
         pixels = torch.from_numpy(np.asarray(inputs.pixel_values, np.float32)).to(self.rounded_to).to(self.dtype)
-        pixels = pixels[None] if pixels.ndim == 3 else pixels  # [M, 3, H, W]
         ids = torch.from_numpy(as_index(inputs.input_ids))
-        projector = self.model.model.multi_modal_projector
-        with watch_vision(self.model, taps) as scores, watch_outputs({"features": projector}) as seen, stop_before(self.text) as arguments:
-            self.model(input_ids=ids[None], pixel_values=pixels, attention_mask=torch.ones_like(ids)[None])
-        return seen["features"].flatten(0, 1), arguments["inputs_embeds"], scores
+        others = {name: torch.from_numpy(np.asarray(array)) for name, array in inputs.processed.items()}
+        others |= {"input_ids": ids[None], "pixel_values": pixels, "attention_mask": torch.ones_like(ids)[None]}
+        with watch_vision(self.model, taps) as scores, stop_before(self.text) as arguments:
+            self.model(**others)
+        hidden = arguments["inputs_embeds"]
+        return hidden[0, ids == self.image_token_id], hidden, scores
 
     def _look(self, walk: _Walk, number: int, kinds: Sequence[str], cache: Any = None) -> torch.Tensor:
         """Run layer ``number`` and take down ``kinds`` of it; without a cache it is only looked at, and not run where that will do."""
@@ -233,7 +233,7 @@ class Reference:
             layer=layer,
             depth=len(self.layers),
             since=walk.since,
-            grid=patch_grid(self.model),
+            grid=patch_grid(self.model) or (1, len(walk.visual)),
             carried=walk.carried,
             visual_scores=scores,
         )

@@ -34,11 +34,13 @@ def watch_vision(model: Any, taps: Collection[VisionTap]) -> Iterator[dict[Visio
         found[tap] = np.concatenate(pictures)
 
 
-def patch_grid(model: Any) -> tuple[int, int]:
-    """Rows and columns of a picture's patches."""
+def patch_grid(model: Any) -> tuple[int, int] | None:
+    """Rows and columns of a picture's patches; None of a tower that takes pictures of any size."""
     vision = model.config.vision_config
-    sides = vision.image_size if isinstance(vision.image_size, (list, tuple)) else (vision.image_size, vision.image_size)
-    return int(sides[0]) // int(vision.patch_size), int(sides[1]) // int(vision.patch_size)
+    if not hasattr(vision, "image_size"):
+        return None
+    sides, patches = (size if isinstance(size, (list, tuple)) else (size, size) for size in (vision.image_size, vision.patch_size))
+    return int(sides[0]) // int(patches[0]), int(sides[1]) // int(patches[1])
 
 
 def _layer(model: Any, tap: VisionTap) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType, TracebackType
 from typing import Final, Literal, Self
@@ -118,34 +118,46 @@ class Pipeline:
         self._prefill_caches = self._decode_caches = []
 
     def encode(self, pixel_values: Array) -> Features:
-        """Features of ``pixel_values[B, C, H, W]``, or ``[B, M, C, H, W]``. A row's pictures seen before, in any row, are remembered by
-        their content.
+        """Features of ``pixel_values[B, *picture]``, or ``[B, M, *picture]``. Pictures seen before, in any row, are remembered by their
+        content. A graph that takes one picture runs once for each.
 
         Raises:
-            ProfileError: another shape than the graph takes.
+            ProfileError: another shape than the profile's.
             EngineError: the runtime failed, or gave numbers that are not finite.
         """
-        session = self._session("vision_encoder")
-        spec = session.inputs[0]
-        if pixel_values.shape != fixed_shape(spec):
-            raise ProfileError(f"{spec.name} has shape {pixel_values.shape}, expected {spec.shape} as the variant's profile declares")
-        keys = [hashlib.sha256(np.ascontiguousarray(row).tobytes()).digest() for row in pixel_values]
-        if not all(key in self._seen for key in keys):
-            values = session.run({spec.name: pixel_values})
-            for name, value in values.items():
-                if not np.isfinite(value).all():
-                    raise EngineError(
-                        f"vision_encoder gave NaN or infinity in {name}: a 16-bit graph overflowed or an engine is wrong, run `sievert "
-                        "check` on this variant"
-                    )
-            for row, key in enumerate(keys):
-                self._seen[key] = {name: value[row].copy() for name, value in values.items()}
-        rows = [self._seen[key] for key in keys]
+        shape = fixed_shape(self._session("vision_encoder").inputs[0])
+        rows, images, picture = self.profile.batch, self.profile.images, self.geometry.picture_shape
+        expected = (rows, *((images,) if images > 1 else ()), *picture)
+        if pixel_values.shape != expected:
+            raise ProfileError(f"pixel_values has shape {pixel_values.shape}, expected {expected} as the variant's profile declares")
+        alone = shape == (1, *picture)
+        units = pixel_values.reshape(-1, *picture) if alone else pixel_values
+        keys = [hashlib.sha256(np.ascontiguousarray(unit).tobytes()).digest() for unit in units]
+        if alone:
+            for unit, key in zip(units, keys, strict=True):
+                self._look(unit[None], [key])
+        else:
+            self._look(units, keys)
+        seen = [self._seen[key] for key in keys]
         for key in keys:
             self._seen.move_to_end(key)
         while len(self._seen) > max(_REMEMBERED, len(keys)):
             self._seen.popitem(last=False)
-        return Features({name: np.stack([row[name] for row in rows]) for name in rows[0]})
+        values = {name: np.stack([one[name] for one in seen]) for name in seen[0]}
+        return Features({name: value.reshape(rows, -1, *value.shape[2:]) for name, value in values.items()})
+
+    def _look(self, pictures: Array, keys: Sequence[bytes]) -> None:
+        """Run the vision encoder on pictures of which one or more were not seen yet, and remember what it says of each."""
+        if all(key in self._seen for key in keys):
+            return
+        for name, value in self._run("vision_encoder", {"pixel_values": pictures}).items():
+            if not np.isfinite(value).all():
+                raise EngineError(
+                    f"vision_encoder gave NaN or infinity in {name}: a 16-bit graph overflowed or an engine is wrong, run `sievert "
+                    "check` on this variant"
+                )
+            for row, key in enumerate(keys):
+                self._seen.setdefault(key, {})[name] = value[row].copy()
 
     def prefill(self, batch: PromptBatch, features: Features) -> PrefillResult:
         """Read prompts: afterwards the caches hold them, and :meth:`decode` goes on from there.

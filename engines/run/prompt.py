@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -11,6 +11,8 @@ import numpy as np
 from PIL import Image
 
 from sievert.bundle.errors import BundleError, ImageError, ProfileError, PromptError
+from sievert.bundle.pictures import same_layout, split_pictures
+from sievert.bundle.processor import choose_processor
 from sievert.bundle.profile import Profile
 from sievert.bundle.specs import Geometry
 from sievert.engines.run.dtypes import Array
@@ -27,10 +29,10 @@ _NO_TEMPLATE: Final = "this model has no chat template: write the whole prompt y
 class PromptBatch:
     """Right-padded prompts for one prefill: int64, except ``pixel_values``.
 
-    ``pixel_values[B, C, H, W]`` float32 (``[B, M, C, H, W]`` where prompts have several images), ``input_ids[B, S]``,
+    ``pixel_values[B, *picture]`` float32 (``[B, M, *picture]`` where prompts have several images), ``input_ids[B, S]``,
     ``attention_mask[B, S]`` (1 for real tokens), ``position_ids[B, S]`` (padding repeats the last real one), ``visual_index[B, Nv]``
-    (ascending), ``lengths`` real tokens of each row. Rows from ``rows`` on are copies of the last real one: a static graph always
-    computes all B.
+    (ascending), ``lengths`` real tokens of each row; ``processed`` each row's arrays as the processor made them of its ``pictures``. Rows
+    from ``rows`` on are copies of the last real one: a static graph always computes all B.
     """
 
     pixel_values: Array
@@ -40,6 +42,8 @@ class PromptBatch:
     visual_index: Array
     lengths: tuple[int, ...]
     rows: int
+    processed: tuple[Mapping[str, Array], ...] = ()
+    pictures: tuple[tuple[Image.Image, ...], ...] = ()
 
     def unpadded(self, row: int) -> Array:
         """The real tokens ``[length]`` of one row."""
@@ -64,7 +68,8 @@ class Prompter:
         self.profile = profile
         self._processor = load_processor(folder)
         self.tokenizer: Any = self._processor.tokenizer
-        self.image_token: str = self.tokenizer.convert_ids_to_tokens(geometry.image_token_id)
+        image_token: str = self.tokenizer.convert_ids_to_tokens(geometry.image_token_id)
+        self.image_token: str = getattr(self._processor, "boi_token", image_token)  # what marks the place of an image in a prompt
 
     def prepare(self, images: Sequence[Pictures], prompts: Sequence[str], *, template: bool = True) -> PromptBatch:
         """One row per prompt, about the picture (or the pictures) at the same place; a single place serves all prompts.
@@ -126,26 +131,33 @@ class Prompter:
             )
         return text
 
-    def _process(self, pictures: Sequence[Image.Image], prompt: str, template: bool) -> tuple[Array, Array]:
-        """One prompt as ``input_ids[L]`` and ``pixel_values[C, H, W]``, or ``[M, C, H, W]`` of several images."""
+    def _process(self, pictures: Sequence[Image.Image], prompt: str, template: bool) -> _Row:
         text = self._text(prompt, template)
         # Templates usually write the first token themselves; adding it again would change the model's input.
         bos = self.tokenizer.bos_token
         special = not (bos and text.startswith(bos))
+        sizes = ", ".join(f"{picture.width}x{picture.height}" for picture in pictures)
         try:
-            values = self._processor(text=[text], images=list(pictures), add_special_tokens=special, padding=False, truncation=False)
+            made = self._processor(
+                text=[text], images=list(pictures), add_special_tokens=special, padding=False, truncation=False, return_tensors="np"
+            )
+            values = {name: np.asarray(made[name]) for name in made}
+            seen = split_pictures(values, len(pictures))
         except ValueError as error:
-            sizes = ", ".join(f"{picture.width}x{picture.height}" for picture in pictures)
             raise ImageError(f"the processor refused an image of {sizes} pixels: {error}") from error
-        ids, pixels = np.asarray(values["input_ids"][0], np.int64), [np.asarray(each, np.float32) for each in values["pixel_values"]]
-        shape = (self.geometry.channels, self.geometry.image_height, self.geometry.image_width)
-        for picture, seen in zip(pictures, pixels, strict=True):
-            if seen.shape != shape:
-                raise ImageError(
-                    f"an image of {picture.width}x{picture.height} pixels became {seen.shape} (channels, height, width) in the model's "
-                    f"processor, expected {shape}: resize it to {shape[2]}x{shape[1]}"
-                )
-        visual, expected = int(np.count_nonzero(ids == self.geometry.image_token_id)), len(pictures) * self.geometry.visual_tokens
+        ids, geometry = values["input_ids"][0].astype(np.int64), self.geometry
+        visual, expected = int(np.count_nonzero(ids == geometry.image_token_id)), len(pictures) * geometry.visual_tokens
+        if (
+            seen.pixels.shape[1:] != geometry.picture_shape
+            or seen.masked
+            or not all(same_layout(layout, geometry.layout) for layout in seen.layout)
+            or (visual != expected and geometry.picture)
+        ):
+            raise ImageError(
+                f"{'an image' if len(pictures) == 1 else 'images'} of {sizes} pixels became {list(seen.pixels.shape[1:])} with "
+                f"{visual} visual tokens in the model's processor, but this bundle was exported for {list(geometry.picture_shape)} with "
+                f"{expected}: resize to {geometry.image_width}x{geometry.image_height}, or export with another --image-size"
+            )
         if visual != expected:
             raise PromptError(f"the processor wrote {visual} image tokens, but the model has {expected} visual tokens")
         if (words := len(ids) - visual) > self.profile.max_text:
@@ -153,26 +165,38 @@ class Prompter:
                 f"the prompt has {words} text tokens, template included, but this variant takes {self.profile.max_text}: shorten it, "
                 "or make a variant with a larger --max-text"
             )
-        return ids, pixels[0] if len(pixels) == 1 else np.stack(pixels)
+        return _Row(ids, seen.pixels[0] if len(pictures) == 1 else seen.pixels, values, tuple(pictures))
 
-    def _pad(self, rows: Sequence[tuple[Array, Array]]) -> PromptBatch:
+    def _pad(self, rows: Sequence[_Row]) -> PromptBatch:
         B, S = self.profile.batch, self.profile.sequence
         filled = [*rows, *[rows[-1]] * (B - len(rows))]
-        lengths = np.array([len(ids) for ids, _ in filled])
+        lengths = np.array([len(row.input_ids) for row in filled])
         input_ids = np.full((B, S), self.geometry.pad_token_id, np.int64)
-        for row, (ids, _) in enumerate(filled):
-            input_ids[row, : len(ids)] = ids
+        for place, row in enumerate(filled):
+            input_ids[place, : len(row.input_ids)] = row.input_ids
         places = np.arange(S)
         real = places < lengths[:, None]  # [B, S]; the pad token may be the image token's id in some models
         return PromptBatch(
-            pixel_values=np.stack([pixels for _, pixels in filled]),
+            pixel_values=np.stack([row.pixels for row in filled]),
             input_ids=input_ids,
             attention_mask=real.astype(np.int64),
             position_ids=np.minimum(places, lengths[:, None] - 1),
-            visual_index=np.stack([np.flatnonzero(ids == self.geometry.image_token_id) for ids, _ in filled]),
+            visual_index=np.stack([np.flatnonzero(row.input_ids == self.geometry.image_token_id) for row in filled]),
             lengths=tuple(int(length) for length in lengths),
             rows=len(rows),
+            processed=tuple(row.processed for row in filled),
+            pictures=tuple(row.pictures for row in filled),
         )
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One prompt: ``input_ids[L]``, ``pixels[*picture]`` (``[M, *picture]`` of several images), and all that the processor made of it."""
+
+    input_ids: Array
+    pixels: Array
+    processed: Mapping[str, Array]
+    pictures: tuple[Image.Image, ...]
 
 
 def load_processor(folder: Path) -> Any:
@@ -185,12 +209,10 @@ def load_processor(folder: Path) -> Any:
     """
     import transformers
 
-    # Both classes build what they return from files; transformers gives them no types.
-    processors: Any = transformers.AutoProcessor
-    image_processors: Any = transformers.AutoImageProcessor
+    image_processors: Any = transformers.AutoImageProcessor  # it has no types
     options = {"trust_remote_code": False, "local_files_only": True}
     try:
-        processor = processors.from_pretrained(folder, **options)
+        processor = choose_processor(folder, transformers).from_pretrained(folder, **options)
         processor.image_processor = image_processors.from_pretrained(folder, backend="pil", **options)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise BundleError(f"the processor in {folder} cannot be loaded: {error}") from error

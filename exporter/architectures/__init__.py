@@ -1,9 +1,16 @@
 """The model families that can be exported: one file of data each, registered here."""
 
 from sievert.exporter.architectures.base import Architecture
+from sievert.exporter.architectures.idefics3 import IDEFICS3
+from sievert.exporter.architectures.internvl import INTERNVL
 from sievert.exporter.architectures.llava import LLAVA
+from sievert.exporter.architectures.llava_next import LLAVA_NEXT
+from sievert.exporter.architectures.llava_onevision import LLAVA_ONEVISION
+from sievert.exporter.architectures.mistral3 import MISTRAL3
+from sievert.exporter.architectures.pixtral import PIXTRAL
+from sievert.exporter.architectures.smolvlm import SMOLVLM
 
-ARCHITECTURES: tuple[Architecture, ...] = (LLAVA,)
+ARCHITECTURES: tuple[Architecture, ...] = (LLAVA, PIXTRAL, LLAVA_NEXT, LLAVA_ONEVISION, INTERNVL, IDEFICS3, SMOLVLM, MISTRAL3)
 
 __all__ = ["ARCHITECTURES", "Architecture", "supported"]
 

@@ -7,27 +7,38 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class Tower:
+    """A vision tower of pictures of one size, traced for any number of them; its attention can be read by selectors.
+
+    ``encoder`` and ``projector`` lead to modules of the loaded model, ``feature_layer`` and ``feature_select`` are keys of the config;
+    ``leading_dropped`` maps each value of the latter to the number of leading rows it drops from the tower's hidden states.
+    """
+
+    encoder: str
+    projector: str
+    feature_layer: str
+    feature_select: str
+    leading_dropped: Mapping[str, int]
+
+
+@dataclass(frozen=True)
 class Architecture:
     """One family of checkpoints.
 
     ``model_class`` is the class in ``architectures`` of ``config.json`` and in transformers. ``towers`` maps the model type of each
-    vision tower to its leading class tokens; ``decoders`` are model types. The paths lead to modules of the loaded model.
-    ``feature_layer`` and ``feature_select`` are keys of the config; ``leading_dropped`` maps each value of the latter to the number
-    of leading rows it drops from the tower's hidden states. ``rope_types`` are those whose tables do not depend on the data.
+    vision tower to its leading class tokens; ``decoders`` are model types. Without a ``tower`` the vision encoder is whatever the model
+    does to one picture of the size that was asked for, ``image_size`` (height, width) by default, or the configuration's own where
+    that is None too. ``rope_types`` are those whose tables do not depend on the data. ``processor`` names a class of transformers that
+    makes the same of pictures and text, where the family's own cannot be had without what it needs for videos.
     """
 
     name: str
     model_class: str
     towers: Mapping[str, int]
     decoders: tuple[str, ...]
-    vision_tower: str
-    projector: str
-    language_model: str
-    embedding: str
-    head: str
-    feature_layer: str
-    feature_select: str
-    leading_dropped: Mapping[str, int]
+    tower: Tower | None = None
+    image_size: tuple[int, int] | None = None
+    processor: str = ""
     rope_types: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
 
     def __str__(self) -> str:

@@ -68,6 +68,11 @@ class VisionTap:
                 f"selector {selector} scores in the vision encoder and can only be the first cut, before layer 0, but it is to cut before "
                 f"layer {stage.layer}: use layer 0"
             )
+        if model.vision_layers == 0 and model.picture:
+            raise PlanError(
+                f"selector {selector} ranks by the vision encoder's attention, which cannot be read in this family (its pictures are tiles "
+                "or of any size): use a selector that reads the decoder or the embeddings"
+            )
         if model.vision_layers == 0 and (self.layer == "second_last" or self.queries != "mean"):
             raise PlanError(
                 f"selector {selector} must know the vision encoder's layers and class token, which this bundle was made without: "

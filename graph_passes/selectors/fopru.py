@@ -47,7 +47,7 @@ class FoPru(Selector):
 
         Of several images each keeps the same number of rows.
         """
-        rows, columns = model.grid
+        rows, columns = model.grid or (1, model.visual_tokens)
         if self.strategy == "row" and requested.strip().endswith("%"):
             keep = resolve_keep(requested, rows) * columns * images
         else:
@@ -75,7 +75,7 @@ class FoPru(Selector):
         return Selection(order, spread, {})
 
     def _check_rows(self, keep: int, model: Geometry, images: int = 1) -> None:
-        rows, columns = model.grid
+        rows, columns = model.grid or (0, 0)
         if model.visual_tokens != rows * columns:
             raise PlanError(
                 f"selector fopru: strategy=row keeps whole rows of the {rows} x {columns} patches, but the model has {model.visual_tokens} "

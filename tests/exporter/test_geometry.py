@@ -34,6 +34,8 @@ def test_every_number(tmp_path: Path):
         "channels": 3,
         "grid": (6, 6),
         "visual_tokens": 36,
+        "picture": (3, 48, 48),
+        "layout": {},
         "vision_layers": 3,
         "class_tokens": 0,
     }
@@ -70,7 +72,7 @@ def test_a_sliding_window_bounds_the_positions_and_leaves_the_model(tmp_path: Pa
 def test_the_trainers_settings_do_not_reach_the_decoder(tmp_path: Path):
     options = {"use_cache": False, "output_hidden_states": True}
     examined = examine_checkpoint(make_tiny_llava(tmp_path, layers=2, text=options))
-    module: Any = decoder(load_model(examined.checkpoint, examined.config, torch.float32), examined.checkpoint.architecture)
+    module: Any = decoder(load_model(examined.checkpoint, examined.config, torch.float32))
     assert not any(parameter.is_meta for parameter in module.parameters())
     with torch.no_grad():
         made = module(inputs_embeds=torch.zeros(1, 5, 64))
@@ -94,6 +96,7 @@ def test_the_traced_module_gives_the_models_own_features(tmp_path: Path, options
     pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = torch.stack(list(model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output))
-        got = vision_encoder(model, examined.checkpoint.architecture)(pixels)["image_features"]
+        assert examined.checkpoint.architecture.tower is not None
+        got = vision_encoder(model, examined.checkpoint.architecture.tower)(pixels)["image_features"]
     assert got.shape == (2, visual, 64)
     assert torch.equal(got, expected)

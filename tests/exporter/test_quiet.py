@@ -55,7 +55,9 @@ def test_an_export_says_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str
     capfd.readouterr()
     before = settings()
     examined = examine_checkpoint(folder)
-    module = vision_encoder(load_model(examined.checkpoint, examined.config, torch.float32), examined.checkpoint.architecture)
+    tower = examined.checkpoint.architecture.tower
+    assert tower is not None
+    module = vision_encoder(load_model(examined.checkpoint, examined.config, torch.float32), tower)
     trace(module, {"pixel_values": torch.zeros(2, 3, 32, 32)}, {"pixel_values": ("batch",)}, what="the vision encoder")
     assert capfd.readouterr() == ("", "")
     assert settings() == before

@@ -77,6 +77,12 @@ def pad(prompts: Prompts, profile: Profile) -> dict[str, Array]:
     return feeds
 
 
+def reference_inputs(ids: Array, pixels: Array) -> ReferenceInputs:
+    """One prompt about the picture ``pixels[C, H, W]``, or about several ``[M, C, H, W]``."""
+    several = pixels.reshape(-1, *pixels.shape[-3:])
+    return ReferenceInputs(ids, several, len(several))
+
+
 def plan_of(layers_and_keeps: list[tuple[int, int]], *, selector: str = "iwp", positions: PositionPolicy = "keep") -> Plan:
     stages = tuple(Stage(selector=selector, layer=layer, keep=keep, requested=str(keep)) for layer, keep in layers_and_keeps)
     return Plan(stages=stages, positions=positions)
@@ -102,7 +108,7 @@ def compare(
         for stage, rows in zip(plan.stages, kept, strict=True):
             assert len(set(rows.tolist())) == stage.keep, "a kept token stands twice"
             assert np.all(ids[rows] == IMAGE) and np.all(np.diff(rows) > 0)
-        state, arrays, _ = reference.prefill(ReferenceInputs(ids, prompts.pixels[row]), plan, kept)
+        state, arrays, _ = reference.prefill(reference_inputs(ids, prompts.pixels[row]), plan, kept)
         expected = [state.logits, *(reference.decode(state, int(token)) for token in tokens[row])]
         assert_close(np.stack([step[row] for step in logits]), np.stack(expected), f"logits of row {row} under {plan}")
         for layer in range(exported.geometry.depth):

@@ -22,10 +22,10 @@ from sievert.graph_passes.lint import lint
 from sievert.graph_passes.lower import lower
 from sievert.graph_passes.lowering.targets import TARGETS
 from sievert.graph_passes.variant import make_variant
-from sievert.parity.reference import Reference, ReferenceInputs
+from sievert.parity.reference import Reference
 from sievert.parity.selectors.images import share_budget
 from tests.graph_passes.conftest import Tiny
-from tests.graph_passes.llavas import IMAGE, Array, Prompts, Static, assert_close, compare, plan_of
+from tests.graph_passes.llavas import IMAGE, Array, Prompts, Static, assert_close, compare, plan_of, reference_inputs
 
 Model = tuple[Exported, Reference]
 MAX_TEXT = 9
@@ -115,7 +115,7 @@ def test_every_selector_ranks_every_image_by_itself(model: Model, selector: str,
     for row, ids in enumerate(prompts.ids):
         kept = [first[f"kept_index.{stage}"][row] for stage in range(2)]
         assert [images_of(ids, rows, each) for rows in kept] == [[9, *[8] * (images - 1)], [*[3] * (images - 1), 2]]
-        _, arrays, traces = reference.prefill(ReferenceInputs(ids, prompts.pixels[row]), plan, kept)
+        _, arrays, traces = reference.prefill(reference_inputs(ids, prompts.pixels[row]), plan, kept)
         for stage, (rows, trace) in enumerate(zip(kept, traces, strict=True)):
             np.testing.assert_array_equal(rows, trace.own_kept)
             if shown:
@@ -140,7 +140,7 @@ def test_vision_scores_are_each_images_own(model: Model, options: dict[str, Opti
     for row, ids in enumerate(prompts.ids):
         kept = [first[f"kept_index.{stage}"][row] for stage in range(2)]
         assert [images_of(ids, rows, each) for rows in kept] == [[8, 8], [3, 2]]
-        _, arrays, traces = reference.prefill(ReferenceInputs(ids, prompts.pixels[row]), plan, kept)
+        _, arrays, traces = reference.prefill(reference_inputs(ids, prompts.pixels[row]), plan, kept)
         np.testing.assert_allclose(several["visual_scores"][row], arrays["visual_scores"], rtol=1e-4)
         np.testing.assert_array_equal(kept[0], traces[0].own_kept)
 

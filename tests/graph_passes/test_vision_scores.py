@@ -74,7 +74,9 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
         g = examined.geometry
         pixels = torch.zeros(2, g.channels, g.image_height, g.image_width, dtype=precision)
         axes = {"pixel_values": ("batch",)}
-        model = trace(vision_encoder(loaded, examined.checkpoint.architecture), {"pixel_values": pixels}, axes, what="a vision encoder")
+        tower = examined.checkpoint.architecture.tower
+        assert tower is not None
+        model = trace(vision_encoder(loaded, tower), {"pixel_values": pixels}, axes, what="a vision encoder")
         for step in (NameInterface(axes, ("image_features",)), Float32Islands(), KeepScopes(), RaiseOpset()):
             step(model)
         model.graph.name = "vision_encoder"

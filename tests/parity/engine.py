@@ -26,7 +26,7 @@ def make_inputs(seed: int = 0, *, before: int = 2, after: int = 7, visual: int =
     rng = np.random.default_rng(seed)
     words = rng.integers(5, 90, before + after)
     ids = np.concatenate([words[:before], np.full(visual, 4), words[before:]])
-    return ReferenceInputs(ids, rng.normal(size=(3, 32, 32)).astype(np.float32))
+    return ReferenceInputs(ids, rng.normal(size=(1, 3, 32, 32)).astype(np.float32))
 
 
 def pad(array: Any, axis: int, rows: int, rng: np.random.Generator) -> Any:

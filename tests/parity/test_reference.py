@@ -20,7 +20,7 @@ from tests.tiny_llava import SHAPES
 
 def tensors(inputs: Any) -> dict[str, torch.Tensor]:
     ids = torch.from_numpy(inputs.input_ids)[None]
-    return {"input_ids": ids, "pixel_values": torch.from_numpy(inputs.pixel_values)[None], "attention_mask": torch.ones_like(ids)}
+    return {"input_ids": ids, "pixel_values": torch.from_numpy(inputs.pixel_values), "attention_mask": torch.ones_like(ids)}
 
 
 def count_hooks(model: Any) -> int:

@@ -70,7 +70,7 @@ def run_eagerly(model: Any, inputs: Any) -> Any:
     eager = copy.deepcopy(model)
     eager.set_attn_implementation("eager")
     ids = torch.from_numpy(inputs.input_ids)[None]
-    pixels = torch.from_numpy(inputs.pixel_values)[None]
+    pixels = torch.from_numpy(inputs.pixel_values)
     with torch.inference_mode():
         return eager(input_ids=ids, pixel_values=pixels, output_attentions=True, output_hidden_states=True)
 
@@ -167,7 +167,7 @@ def received(model: Any, inputs: Any, layer: int, *, class_token: bool) -> Any:
     eager = copy.deepcopy(model)
     eager.set_attn_implementation("eager")
     with torch.inference_mode():
-        seen = eager.model.vision_tower(torch.from_numpy(inputs.pixel_values)[None], output_attentions=True)
+        seen = eager.model.vision_tower(torch.from_numpy(inputs.pixel_values), output_attentions=True)
     maps = to_numpy(seen.attentions[layer][0])
     return maps[:, 0].mean(axis=0) if class_token else maps.mean(axis=(0, 1))
 
