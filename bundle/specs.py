@@ -47,6 +47,7 @@ class Geometry(Record):
     ``attention_scale`` is what the decoder multiplies q.k by (1/sqrt(d) in most models); ``eos_token_ids`` are the stop
     tokens of the generation config; ``grid`` is the patch grid (rows, columns) of one image after merging. ``vision_layers`` is the
     vision encoder's depth, 0 in bundles made before it was recorded; ``class_tokens`` stand before its patches.
+    ``position_axes`` is how many numbers a token's position has: 1, or 3 (time, height, width) where rotary embedding takes three.
     """
 
     depth: int
@@ -67,3 +68,4 @@ class Geometry(Record):
     visual_tokens: int
     vision_layers: int = 0
     class_tokens: int = 0
+    position_axes: int = 1
