@@ -41,11 +41,12 @@ def confirm_interface(name: str, model: ir.Model, geometry: Geometry) -> None:
     """
     g = geometry
     text, image, images = (BATCH, SEQUENCE), (BATCH, g.visual_tokens, g.width), (BATCH, VISUAL, g.width)
+    positions = text if g.position_axes == 1 else (g.position_axes, *text)
     hidden, cache = (BATCH, SEQUENCE, g.width), (BATCH, g.kv_heads, SEQUENCE, g.head_size)
     expected: dict[str, dict[str, tuple[int | str, ...]]] = {
         VISION_ENCODER: {"pixel_values": (BATCH, g.channels, g.image_height, g.image_width), "image_features": image},
         EMBED_TOKENS: {"input_ids": text, "image_features": images, "visual_index": (BATCH, VISUAL), "inputs_embeds": hidden},
-        DECODER: {"inputs_embeds": hidden, "attention_mask": text, "position_ids": text, "logits": (BATCH, SEQUENCE, g.vocabulary)},
+        DECODER: {"inputs_embeds": hidden, "attention_mask": text, "position_ids": positions, "logits": (BATCH, SEQUENCE, g.vocabulary)},
     }
     if name == DECODER:
         expected[name] |= {f"present.{layer}.{part}": cache for layer in range(g.depth) for part in ("key", "value")}

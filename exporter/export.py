@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from sievert.bundle.manifest import Source
 from sievert.bundle.specs import Geometry
 from sievert.exporter.architectures import Architecture
+from sievert.exporter.axes import GatherPositions
 from sievert.exporter.checkpoint import Checkpoint, open_checkpoint
 from sievert.exporter.confirm import confirm_decoder, confirm_interface
 from sievert.exporter.embed import build_embed_tokens
@@ -129,15 +130,21 @@ def _embed_tokens(loaded: PreTrainedModel, architecture: Architecture, _: Geomet
 
 def _decoder(loaded: PreTrainedModel, architecture: Architecture, geometry: Geometry, dtype: torch.dtype) -> ir.Model:
     batch, length = 2, 7  # any sizes from 2, different from each other; the graph keeps neither
-    axes = {"inputs_embeds": (BATCH, SEQUENCE), "attention_mask": (BATCH, SEQUENCE), "position_ids": (BATCH, SEQUENCE)}
+    several = (geometry.position_axes,) if geometry.position_axes > 1 else ()
+    axes = {
+        "inputs_embeds": (BATCH, SEQUENCE),
+        "attention_mask": (BATCH, SEQUENCE),
+        "position_ids": (*(None for _ in several), BATCH, SEQUENCE),
+    }
     inputs = {
         "inputs_embeds": torch.zeros(batch, length, geometry.width, dtype=dtype),
         "attention_mask": torch.ones(batch, length, dtype=torch.int64),
-        "position_ids": torch.arange(length).expand(batch, length).contiguous(),
+        "position_ids": torch.arange(length).expand(*several, batch, length).contiguous(),
     }
     model = trace(decoder(loaded, architecture), inputs, axes, what="the decoder")
     passes: list[InPlacePass] = [
         NameInterface(axes, decoder_outputs(geometry.depth)),
+        GatherPositions(),  # before fusing, which knows tables of one axis
         FuseRotary(),  # before merging: it takes each layer's own spelled-out embedding apart
         common_passes.CommonSubexpressionEliminationPass(),  # each layer computes the same rotary tables
         common_passes.RemoveUnusedNodesPass(),
