@@ -44,8 +44,14 @@ class Plan(Record):
         """Refuse a plan this model cannot take in prompts of ``images`` images.
 
         Raises:
-            PlanError: a layer or keep out of range, stages out of order, a keep that grows, or one that leaves an image without a token.
+            PlanError: a layer or keep out of range, stages out of order, a keep that grows, or one that leaves an image without a token;
+                or positions renumbered that are places in a picture.
         """
+        if self.positions == "compact" and geometry.position_axes > 1:
+            raise PlanError(
+                f"positions compact, but a position of this model is {geometry.position_axes} numbers (time, row and column in the "
+                "picture): renumbering the kept tokens would move them in the picture; choose positions keep"
+            )
         total = images * geometry.visual_tokens
         where = f"{total} visual tokens" if images == 1 else f"{total} visual tokens in {images} images, which keep at least 1 each"
         keep, layer = total, -1

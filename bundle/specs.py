@@ -49,6 +49,7 @@ class Geometry(Record):
     ``pixel_values``, with ``layout``, the other numbers the processor gives it (its grid, its size), and ``visual_tokens``. ``grid`` is
     their patch grid (rows, columns), None where they are not one grid: tiles, or line breaks between them. ``vision_layers`` is the
     depth of a vision encoder whose attention can be read, 0 of others; ``class_tokens`` stand before its patches.
+    ``position_axes`` is how many numbers a token's position has: 1, or 3 (time, height, width) where rotary embedding takes three.
     """
 
     depth: int
@@ -71,6 +72,7 @@ class Geometry(Record):
     layout: dict[str, tuple[int, ...]] = {}
     vision_layers: int = 0
     class_tokens: int = 0
+    position_axes: int = 1
 
     @property
     def picture_shape(self) -> tuple[int, ...]:

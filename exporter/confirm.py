@@ -42,11 +42,12 @@ def confirm_interface(name: str, model: ir.Model, geometry: Geometry) -> None:
     g = geometry
     text, images = (BATCH, SEQUENCE), (BATCH, VISUAL, g.width)
     pictures = BATCH if g.vision_layers else 1  # a tower of one size takes any number
+    positions = text if g.position_axes == 1 else (g.position_axes, *text)
     hidden, cache = (BATCH, SEQUENCE, g.width), (BATCH, g.kv_heads, SEQUENCE, g.head_size)
     expected: dict[str, dict[str, tuple[int | str, ...]]] = {
         VISION_ENCODER: {"pixel_values": (pictures, *g.picture_shape), "image_features": (pictures, g.visual_tokens, g.width)},
         EMBED_TOKENS: {"input_ids": text, "image_features": images, "visual_index": (BATCH, VISUAL), "inputs_embeds": hidden},
-        DECODER: {"inputs_embeds": hidden, "attention_mask": text, "position_ids": text, "logits": (BATCH, SEQUENCE, g.vocabulary)},
+        DECODER: {"inputs_embeds": hidden, "attention_mask": text, "position_ids": positions, "logits": (BATCH, SEQUENCE, g.vocabulary)},
     }
     if name == DECODER:
         expected[name] |= {f"present.{layer}.{part}": cache for layer in range(g.depth) for part in ("key", "value")}

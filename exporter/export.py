@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from sievert.bundle.manifest import Source
 from sievert.bundle.specs import Geometry
+from sievert.exporter.axes import GatherPositions
 from sievert.exporter.checkpoint import Checkpoint, open_checkpoint
 from sievert.exporter.confirm import confirm_decoder, confirm_interface
 from sievert.exporter.embed import build_embed_tokens
@@ -115,9 +117,14 @@ def export_model(
     logger.info("loading %s as %s", checkpoint.given, dtype)
     loaded = load_model(checkpoint, config, precision)
     graphs, binder = {}, WeightBinder(loaded.state_dict())
-    for name, build in ((VISION_ENCODER, _vision_encoder), (EMBED_TOKENS, _embed_tokens), (DECODER, _decoder)):
+    builders: dict[str, Callable[[], ir.Model]] = {
+        VISION_ENCODER: partial(_vision_encoder, loaded, examined, precision),
+        EMBED_TOKENS: partial(_embed_tokens, loaded),
+        DECODER: partial(_decoder, loaded, geometry, precision),
+    }
+    for name, build in builders.items():
         logger.info("building %s", name)
-        graphs[name] = build(loaded, examined, precision)
+        graphs[name] = build()
         # At once: until then the graph holds transposed copies of its weights.
         binder.bind(name, graphs[name])
         confirm_interface(name, graphs[name], geometry)
@@ -154,23 +161,28 @@ def _vision_encoder(loaded: PreTrainedModel, examined: Examined, dtype: torch.dt
     return model
 
 
-def _embed_tokens(loaded: PreTrainedModel, _: Examined, __: torch.dtype) -> ir.Model:
+def _embed_tokens(loaded: PreTrainedModel) -> ir.Model:
     table = loaded.get_input_embeddings().get_parameter("weight")
     return build_embed_tokens(parameter_tensor(table, "table"), name="table")
 
 
-def _decoder(loaded: PreTrainedModel, examined: Examined, dtype: torch.dtype) -> ir.Model:
-    geometry = examined.geometry
+def _decoder(loaded: PreTrainedModel, geometry: Geometry, dtype: torch.dtype) -> ir.Model:
     batch, length = 2, 7  # any sizes from 2, different from each other; the graph keeps neither
-    axes = {"inputs_embeds": (BATCH, SEQUENCE), "attention_mask": (BATCH, SEQUENCE), "position_ids": (BATCH, SEQUENCE)}
+    several = (geometry.position_axes,) if geometry.position_axes > 1 else ()
+    axes = {
+        "inputs_embeds": (BATCH, SEQUENCE),
+        "attention_mask": (BATCH, SEQUENCE),
+        "position_ids": (*(None for _ in several), BATCH, SEQUENCE),
+    }
     inputs = {
         "inputs_embeds": torch.zeros(batch, length, geometry.width, dtype=dtype),
         "attention_mask": torch.ones(batch, length, dtype=torch.int64),
-        "position_ids": torch.arange(length).expand(batch, length).contiguous(),
+        "position_ids": torch.arange(length).expand(*several, batch, length).contiguous(),
     }
     model = trace(decoder(loaded), inputs, axes, what="the decoder")
     passes: list[InPlacePass] = [
         NameInterface(axes, decoder_outputs(geometry.depth)),
+        GatherPositions(),  # before fusing, which knows tables of one axis
         FuseRotary(),  # before merging: it takes each layer's own spelled-out embedding apart
         common_passes.CommonSubexpressionEliminationPass(),  # each layer computes the same rotary tables
         common_passes.RemoveUnusedNodesPass(),

@@ -86,6 +86,7 @@ def read_geometry(checkpoint: Checkpoint, config: PreTrainedConfig, trial: Trial
         layout=trial.layout,
         vision_layers=0 if architecture.tower is None else vision.num_hidden_layers,
         class_tokens=0 if architecture.tower is None else architecture.towers[vision.model_type],
+        position_axes=len((getattr(text, "rope_parameters", None) or {}).get("mrope_section") or [0]),
     )
 
 

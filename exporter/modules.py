@@ -45,16 +45,32 @@ def vision_encoder(model: PreTrainedModel, tower: Tower) -> VisionEncoder:
     ).eval()
 
 
-def decoder(model: PreTrainedModel) -> PreTrainedModel:
-    """The model's decoder with its head, as the text model's own causal class: embeddings to logits and caches."""
-    config = model.config.get_text_config()
+class Decoder(nn.Module):
+    """Body and head of a text model that has no causal class of its own: embeddings to logits and caches."""
+
+    def __init__(self, body: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.model = body
+        self.lm_head = head
+
+    def forward(self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor) -> dict[str, Any]:
+        """Return ``{"logits": [B, S, V], "past_key_values": cache}``."""
+        outputs = self.model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids, use_cache=True)
+        return {"logits": self.lm_head(outputs.last_hidden_state), "past_key_values": outputs.past_key_values}
+
+
+def decoder(model: PreTrainedModel) -> nn.Module:
+    """The model's decoder with its head: embeddings to logits and caches; the text model's own causal class where it has one."""
+    whole: Any = model
+    config, body, head = whole.config.get_text_config(), whole.get_decoder(), whole.get_output_embeddings()
     # A checkpoint may carry its trainer's settings; the graph's outputs are logits and caches whatever they say.
     config.use_cache, config.output_attentions, config.output_hidden_states = True, False, False
+    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return Decoder(body, head).eval()
     auto: Any = transformers.AutoModelForCausalLM
     with torch.device("meta"):
         causal = auto.from_config(config, trust_remote_code=False)
     # Both classes name the body and the head alike, by convention of all decoders.
-    whole: Any = model
-    causal.model, causal.lm_head = whole.get_decoder(), whole.get_output_embeddings()
+    causal.model, causal.lm_head = body, head
     module: PreTrainedModel = causal.eval()
     return module

@@ -20,7 +20,7 @@ _NORMS = ("RMSNormalization", "LayerNormalization")
 class NameInterface(InPlacePass):
     """Give outputs and symbolic axes their names. ``axes`` names the leading axes of each input, as in :func:`trace`."""
 
-    axes: Mapping[str, Sequence[str]]
+    axes: Mapping[str, Sequence[str | None]]
     outputs: tuple[str, ...]
 
     def requires(self, model: ir.Model) -> None:
@@ -39,7 +39,7 @@ class NameInterface(InPlacePass):
         names: dict[str, str] = {}
         for value in graph.inputs:
             for axis, name in zip(value.shape or (), self.axes[str(value.name)], strict=False):
-                if not isinstance(axis, int) and str(axis.value) != name:
+                if not isinstance(axis, int) and name is not None and str(axis.value) != name:
                     names[str(axis.value)] = name
         for value in (*graph.inputs, *(output for node in graph for output in node.outputs)):
             if value.shape is not None and names:

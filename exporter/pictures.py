@@ -77,8 +77,8 @@ class PictureEncoder(nn.Module):
 def picture_encoder(model: PreTrainedModel, *, processed: Mapping[str, np.ndarray]) -> PictureEncoder:
     """The model's vision part for pictures like the one that its processor turned into ``processed``; parameters are shared.
 
-    Of ``processed``, the layout tensors that ``get_image_features`` takes by name become constants: pictures of the encoder all have
-    this one's size and tiles.
+    Of ``processed``, the layout tensors that ``get_image_features`` takes by name become constants: the encoder's pictures all have this
+    one's size and tiles. It should be no blank one: towers that tell padding tiles by their zeros are taken to mean this picture's.
 
     Raises:
         UnsupportedModelError: the model has no ``get_image_features``, or it requires what the processor does not give.
@@ -144,9 +144,7 @@ class _Evaluator(TorchFunctionMode):
                 return example
         if len(traced) < len(tensors):
             args, kwargs = _spell_out(func, args, kwargs)
-        # The tracer's Squeeze has no way to leave an axis alone that is longer than 1, as PyTorch's does.
-        idle = getattr(func, "__name__", "") == "squeeze" and len(args) == 2 and isinstance(args[1], int) and args[0].shape[args[1]] != 1
-        result = args[0] if idle else func(*args, **kwargs)
+        result = args[0] if _leaves_alone(func, args) else func(*args, **kwargs)
         if example is not None:
             self._know_all(result, example)
         return result
@@ -191,6 +189,11 @@ def _spell_out(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
     if name in ("__getitem__", "__setitem__"):
         args = (args[0], _index(args[1]), *args[2:])
     return _map_tensors((args, kwargs), _as_int)
+
+
+def _leaves_alone(func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
+    """A squeeze of an axis longer than 1 does nothing in PyTorch, but the tracer writes a Squeeze that no engine takes."""
+    return getattr(func, "__name__", "") == "squeeze" and len(args) == 2 and isinstance(args[1], int) and args[0].shape[args[1]] != 1
 
 
 def _index(index: Any) -> Any:
@@ -241,7 +244,7 @@ def _segment_attention(vision: nn.Module, packed: Mapping[type[nn.Module], Calla
     try:
         for each in replaced:
             each.forward = packed[each]
-        for config, _ in before:
+        for config, _ in before:  # not by the property, which would set the parts' too
             config._attn_implementation_internal = _ATTENTION
         yield
     finally:
@@ -268,6 +271,8 @@ def _attend(
     """
     if attention_mask is not None and not _is_traced(attention_mask) and _hides_nothing(attention_mask):
         attention_mask = None
+    if attention_mask is not None and attention_mask.ndim == 2:  # of keys, as flash attention takes it
+        attention_mask = attention_mask[:, None, None, :].bool()
     starts = [0, query.shape[2]] if cu_seq_lens_q is None else cu_seq_lens_q.tolist()
     if len(starts) == 2:
         output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
@@ -288,7 +293,8 @@ def _attend(
 
 
 def _hides_nothing(mask: torch.Tensor) -> bool:
-    return bool(mask.all()) if mask.dtype == torch.bool else not bool(mask.any())
+    """Of a mask of keys (2 axes, 1 where seen), a boolean mask (true where seen) or one that is added."""
+    return bool(mask.all()) if mask.dtype == torch.bool or mask.ndim == 2 else not bool(mask.any())
 
 
 def _cut(tensor: torch.Tensor, index: torch.Tensor | None, length: int) -> torch.Tensor:

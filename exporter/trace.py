@@ -15,8 +15,9 @@ TRACED_OPSET = 23
 """The exporter's translations of RMSNormalization and RotaryEmbedding exist for this version; at 24 it takes both apart."""
 
 
-def trace(module: torch.nn.Module, inputs: Mapping[str, torch.Tensor], axes: Mapping[str, Sequence[str]], *, what: str) -> ir.Model:
-    """Trace ``module(**inputs)`` with the leading axes of each input symbolic, under the names that ``axes`` gives them.
+def trace(module: torch.nn.Module, inputs: Mapping[str, torch.Tensor], axes: Mapping[str, Sequence[str | None]], *, what: str) -> ir.Model:
+    """Trace ``module(**inputs)`` with the leading axes of each input symbolic, under the names that ``axes`` gives them; one without a name
+    (None) is fixed.
 
     Axes of the same name are of the same size. Sizes of ``inputs`` must be at least 2: the tracer specialises on 0 and 1.
 
@@ -29,8 +30,8 @@ def trace(module: torch.nn.Module, inputs: Mapping[str, torch.Tensor], axes: Map
         from transformers import exporters
 
     library: Any = exporters  # untyped, and its names are made on demand
-    dims = {name: torch.export.Dim(name) for name in sorted({axis for names in axes.values() for axis in names})}
-    shapes = {name: {place: dims[axis] for place, axis in enumerate(names)} for name, names in axes.items()}
+    dims = {name: torch.export.Dim(name) for name in sorted({axis for names in axes.values() for axis in names if axis is not None})}
+    shapes = {name: {place: dims[axis] for place, axis in enumerate(names) if axis is not None} for name, names in axes.items()}
     config = library.OnnxConfig(dynamic=True, dynamic_shapes=shapes, opset_version=TRACED_OPSET)
     with quiet(f"tracing {what}"):
         try:

@@ -1,4 +1,4 @@
-"""One blank picture through the checkpoint's own processor: what it makes is what the model will be given."""
+"""One picture of noise through the checkpoint's own processor: what it makes is what the model will be given."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Trial:
 
 
 def try_processor(checkpoint: Checkpoint, config: PreTrainedConfig, size: tuple[int, int]) -> Trial:
-    """Load the checkpoint's processor and give it a blank picture of ``size`` (height, width).
+    """Load the checkpoint's processor and give it a picture of ``size`` (height, width).
 
     Raises:
         CheckpointError: it cannot be loaded, fails, or was made for another model.
@@ -58,10 +58,10 @@ def try_processor(checkpoint: Checkpoint, config: PreTrainedConfig, size: tuple[
     place = getattr(processor, "boi_token", token)  # where a prompt marks the place of an image otherwise than by the token itself
     try:
         with quiet("trying the processor"):
-            made = processor(images=[Image.new("RGB", (size[1], size[0]))], text=[place], return_tensors="np")
+            made = processor(images=[_picture(*size)], text=[place], return_tensors="np")
     except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
         raise CheckpointError(
-            f"{given}: its processor fails on a blank image and the prompt {place!r} ({error}): processor_config.json must hold patch_size "
+            f"{given}: its processor fails on an image of {size[0]}x{size[1]} pixels and the prompt {place!r} ({error}): processor_config.json must hold patch_size "
             "and vision_feature_select_strategy of this model"
         ) from error
     pictures = split_pictures(made, 1)
@@ -74,6 +74,12 @@ def try_processor(checkpoint: Checkpoint, config: PreTrainedConfig, size: tuple[
     arrays[PIXELS] = arrays[PIXELS].astype(np.float32)
     visual = int((np.asarray(made["input_ids"]) == image_token).sum())
     return Trial(processor, arrays, visual, pictures.pixels.shape[1:], dict(pictures.layout[0]))
+
+
+def _picture(height: int, width: int) -> Image.Image:
+    """Noise: a tile of one colour may be taken for padding."""
+    noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    return Image.fromarray(noise)
 
 
 def _load(checkpoint: Checkpoint) -> Any:

@@ -44,7 +44,7 @@ def _evaluate(decoder: Decoder, mask: ir.Value, length: int) -> np.ndarray:
     feeds = {
         "inputs_embeds": np.zeros((1, length, decoder.width), decoder.dtype.numpy()),
         "attention_mask": np.ones((1, length), np.int64),
-        "position_ids": np.arange(length, dtype=np.int64)[None],
+        "position_ids": np.broadcast_to(np.arange(length, dtype=np.int64), decoder.position_shape(1, length)),
     }
     value = np.asarray(next(iter(ReferenceEvaluator(ir.to_proto(model)).run(None, feeds))))
     # An additive mask holds 0 where attention is allowed and the dtype's minimum (at least 1e4 in magnitude) elsewhere.

@@ -29,7 +29,7 @@ def build_decode(decoder: Decoder, embed_tokens: ir.Model, profile: Profile, pla
     op = build.op
     batch = profile.decode_batch
     input_ids = build.input("input_ids", ir.DataType.INT64, [batch, 1])
-    position_ids = build.input("position_ids", ir.DataType.INT64, [batch, 1])
+    position_ids = build.input("position_ids", ir.DataType.INT64, decoder.position_shape(batch, 1))
     cache_row = build.input("cache_row", ir.DataType.INT64, [batch])
     dropped = [plan.dropped_at(index, profile.visual_tokens) for index in range(decoder.depth)]
     caches = [add_cache_inputs(build, decoder, index, batch, profile.capacity(dropped[index])) for index in range(decoder.depth)]

@@ -71,6 +71,16 @@ class Decoder:
         """Number of layers."""
         return len(self.layers)
 
+    @property
+    def position_axes(self) -> int:
+        """How many numbers a token's position has."""
+        shape = self.position_ids.shape
+        return _static_axis(self.position_ids, 0) if shape is not None and len(shape) == 3 else 1
+
+    def position_shape(self, batch: int, length: int) -> list[int]:
+        """Of position ids: ``[B, S]``, or ``[axes, B, S]`` where there are several."""
+        return [*([self.position_axes] if self.position_axes > 1 else ()), batch, length]
+
 
 def find_decoder(model: ir.Model) -> Decoder:
     """The layers of a dynamic decoder (graph contract: ``inputs_embeds, attention_mask, position_ids -> logits, present.*``).

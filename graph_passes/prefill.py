@@ -54,7 +54,7 @@ class _Splice:
         self._build = build = GraphBuilder(ir.Graph([], [], nodes=[], opset_imports={"": 24}, name="prefill"))
         batch, length, visual = profile.batch, profile.sequence, profile.visual_tokens
         self._embeds = build.input("inputs_embeds", decoder.dtype, [batch, length, decoder.width])
-        position_ids = build.input("position_ids", ir.DataType.INT64, [batch, length])
+        position_ids = build.input("position_ids", ir.DataType.INT64, decoder.position_shape(batch, length))
         self._attention_mask = build.input("attention_mask", ir.DataType.INT64, [batch, length])
         visual_index = build.input("visual_index", ir.DataType.INT64, [batch, visual])
         self._scores = build.input(VISUAL_SCORES, ir.DataType.FLOAT, [batch, visual]) if scored else None
@@ -72,6 +72,7 @@ class _Splice:
             attention_mask=self._attention_mask,
             visual_index=visual_index,
             position_ids=position_ids,
+            position_axes=decoder.position_axes,
         )
         build.pop_module()
         self._enter(0, self._embeds, "front")
@@ -171,9 +172,10 @@ def enter_decoder(
     scope: str,
     weights: dict[str, ir.Value],
 ) -> Instance:
-    """The decoder entered at ``layer`` with ``stream[B, n, D]`` and ``position_ids[B, n]``: lengths and rotary tables follow these."""
+    """The decoder entered at ``layer`` with ``stream[B, n, D]`` and its position ids: lengths and rotary tables follow these."""
     bound = {decoder.inputs_embeds: stream, decoder.position_ids: position_ids, decoder.layers[layer].residual: stream}
-    shapes = {decoder.attention_mask: position_ids}
+    one_axis = position_ids if decoder.position_axes == 1 else build.op.Squeeze(build.op.Slice(position_ids, [0], [1], [0]), [0])
+    shapes = {decoder.attention_mask: one_axis}  # [B, n]
     return Instance(build, decoder.model.graph, scope=scope, bound=bound, weights=weights, shapes=shapes)
 
 

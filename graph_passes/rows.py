@@ -17,9 +17,9 @@ class Rows:
     """The sequence that enters a stage. ``length`` is S, ``visual`` is Nv; all values are int64 or bool.
 
     ``visual_index[B, Nv]`` ascending rows of this sequence, ``original_visual[B, Nv]`` the same tokens counted among the
-    model's visual tokens, ``original_row[B, S]`` rows of the unpruned sequence, ``position_ids[B, S]``, ``is_visual[B, S]``,
-    ``text[B, S]`` real text after the first visual token, ``all_text[B, S]`` all real text, ``real[B, S]`` all but padding;
-    ``carried`` float32 values ``[B, S]`` that selectors left.
+    model's visual tokens, ``original_row[B, S]`` rows of the unpruned sequence, ``position_ids[B, S]`` or ``[A, B, S]`` of
+    ``position_axes`` A, ``is_visual[B, S]``, ``text[B, S]`` real text after the first visual token, ``all_text[B, S]`` all real text,
+    ``real[B, S]`` all but padding; ``carried`` float32 values ``[B, S]`` that selectors left.
     """
 
     batch: int
@@ -29,6 +29,7 @@ class Rows:
     original_visual: ir.Value
     original_row: ir.Value
     position_ids: ir.Value
+    position_axes: int
     is_visual: ir.Value
     text: ir.Value
     all_text: ir.Value
@@ -46,7 +47,15 @@ class Cut:
 
 
 def describe_rows(
-    build: GraphBuilder, *, batch: int, length: int, visual: int, attention_mask: ir.Value, visual_index: ir.Value, position_ids: ir.Value
+    build: GraphBuilder,
+    *,
+    batch: int,
+    length: int,
+    visual: int,
+    attention_mask: ir.Value,
+    visual_index: ir.Value,
+    position_ids: ir.Value,
+    position_axes: int = 1,
 ) -> Rows:
     """The unpruned sequence, from prefill's inputs."""
     op = build.op
@@ -64,6 +73,7 @@ def describe_rows(
         original_visual=op.Expand(_make_counter(build, visual), [batch, visual]),
         original_row=op.Expand(counter, [batch, length]),
         position_ids=position_ids,
+        position_axes=position_axes,
         is_visual=is_visual,
         text=text,
         all_text=all_text,
@@ -83,7 +93,7 @@ def cut_rows(build: GraphBuilder, rows: Rows, order: ir.Value, keep: int, *, com
     kept = op.GatherElements(rows.visual_index, places, axis=1)  # [B, K] rows of this sequence
     stays = _scatter_ones(build, op.Cast(op.Not(rows.is_visual), to=ir.DataType.INT64), kept, (batch, keep))  # [B, S]
     source, slot = _order_kept_first(build, stays, (batch, length), after)
-    position_ids = op.GatherElements(rows.position_ids, source, axis=1)
+    position_ids = _gather_positions(build, rows, source, (batch, after))
     if compact:
         position_ids = op.Expand(_make_counter(build, after), [batch, after])
     following = replace(
@@ -107,6 +117,14 @@ def gather_rows(build: GraphBuilder, stream: ir.Value, source: ir.Value) -> ir.V
     """Rows ``source[B, S']`` of ``stream[B, S, D]``: [B, S', D]."""
     rows: ir.Value = build.op.GatherND(stream, build.op.Unsqueeze(source, [2]), batch_dims=1)
     return rows
+
+
+def _gather_positions(build: GraphBuilder, rows: Rows, source: ir.Value, shape: tuple[int, int]) -> ir.Value:
+    """Positions of the rows ``source`` of ``shape``, each with all its axes."""
+    op, axes = build.op, rows.position_axes
+    index = source if axes == 1 else op.Expand(source, [axes, *shape])
+    positions: ir.Value = op.GatherElements(rows.position_ids, index, axis=1 if axes == 1 else 2)
+    return positions
 
 
 def _order_kept_first(build: GraphBuilder, flags: ir.Value, shape: tuple[int, int], count: int) -> tuple[ir.Value, ir.Value]:

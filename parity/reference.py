@@ -39,6 +39,8 @@ from sievert.parity.selectors.steps import ReferenceSelector
 from sievert.parity.taps import OF_STREAM, list_taps, watch_layer
 from sievert.parity.vision import patch_grid, watch_vision
 
+_AXES = 3  # time, height, width
+
 
 @dataclass(frozen=True)
 class ReferenceInputs:
@@ -60,6 +62,7 @@ class ReferenceState:
     plan: Plan
     visual_tokens: int
     position: int
+    leading: int  # axes before the sequence's: 1, or 2 where a position has several
     logits: NDArray[np.float64]  # [V]
 
 
@@ -71,7 +74,7 @@ class _Walk:
     """
 
     hidden: torch.Tensor  # [1, S, D]
-    positions: torch.Tensor  # [1, S]
+    positions: torch.Tensor  # [1, S], or [axes, 1, S] where a position has several
     rows: Index
     visual: Index
     embeds: Array
@@ -83,7 +86,7 @@ class _Walk:
         """Go on with ``kept`` and the text, before ``layer``."""
         stay = np.isin(self.rows, kept) | ~np.isin(self.rows, self.visual)
         self.hidden, self.rows, self.embeds = self.hidden[:, stay], self.rows[stay], self.embeds[stay]
-        self.positions = torch.arange(len(self.rows))[None] if compact else self.positions[:, stay]
+        self.positions = torch.arange(len(self.rows))[None] if compact else self.positions[..., stay]
         self.carried = {name: values[stay] for name, values in self.carried.items()}
         self.taps, self.since = {}, layer
 
@@ -104,7 +107,7 @@ class Reference:
 
     def embed(self, inputs: ReferenceInputs) -> tuple[torch.Tensor, torch.Tensor]:
         """The projected image features ``[Nv, D]`` and the merged embeddings ``[1, S, D]``, as the model's own forward makes them."""
-        features, hidden, _ = self._embed(inputs, ())
+        features, hidden, _, _ = self._embed(inputs, ())
         return features, hidden
 
     @torch.inference_mode()
@@ -117,13 +120,12 @@ class Reference:
         """
         selectors = [by_image(reference_selector(stage.selector, stage.options), inputs.images) for stage in plan.stages]
         wanted = list_taps(plan, selectors, len(self.layers))
-        features, hidden, seen = self._embed(inputs, [selector.vision_tap for selector in selectors if selector.vision_tap])
+        features, hidden, positions, seen = self._embed(inputs, [selector.vision_tap for selector in selectors if selector.vision_tap])
         arrays: dict[str, NDArray[Any]] = {VISION: _numpy(features), EMBEDDINGS: _numpy(hidden[0])}
         for scores in seen.values():
             arrays[VISUAL_SCORES] = scores
-        S = hidden.shape[1]
         visual = as_index(np.flatnonzero(as_index(inputs.input_ids) == self.image_token_id))
-        walk = _Walk(hidden, torch.arange(S)[None], np.arange(S), visual, _numpy(hidden[0]), {}, {})
+        walk = _Walk(hidden, positions, np.arange(hidden.shape[1]), visual, _numpy(hidden[0]), {}, {})
         stages = {stage.layer: index for index, stage in enumerate(plan.stages)}
         traces: list[StageTrace] = []
         cache = DynamicCache()
@@ -143,7 +145,7 @@ class Reference:
             later = wanted[len(traces)] if len(traces) < len(wanted) else ()
             walk.hidden = self._look(walk, number, _kinds(later, number), cache)
         logits = _numpy(self.model.lm_head(self.text.norm(walk.hidden[:, -1:]))[0, -1])
-        state = ReferenceState(cache, plan, len(visual), len(inputs.input_ids), logits)
+        state = ReferenceState(cache, plan, len(visual), int(positions.max()) + 1, positions.ndim - 1, logits)
         arrays[LOGITS] = logits
         arrays |= _caches(cache, cache_names)
         return state, arrays, tuple(traces)
@@ -154,7 +156,8 @@ class Reference:
         hidden = self.text.embed_tokens(torch.tensor([[token]]))
         for number, layer in enumerate(self.layers):
             dropped = state.plan.dropped_at(number, state.visual_tokens) if state.plan.positions == "compact" else 0
-            hidden = self._call(layer, hidden, torch.tensor([[state.position - dropped]]), state.cache)
+            place = torch.tensor([[state.position - dropped]])
+            hidden = self._call(layer, hidden, place if state.leading == 1 else place.expand(_AXES, 1, 1), state.cache)
         state.position += 1
         state.logits = _numpy(self.model.lm_head(self.text.norm(hidden))[0, -1])
         return state.logits
@@ -181,7 +184,7 @@ class Reference:
         output: torch.Tensor = layer(
             hidden,
             attention_mask=mask,
-            position_ids=positions,
+            position_ids=positions if positions.ndim == 2 else positions[0],
             past_key_values=cache,
             use_cache=cache is not None,
             position_embeddings=self.text.rotary_emb(hidden, positions),
@@ -191,8 +194,8 @@ class Reference:
     @torch.inference_mode()
     def _embed(
         self, inputs: ReferenceInputs, taps: Sequence[VisionTap]
-    ) -> tuple[torch.Tensor, torch.Tensor, dict[VisionTap, NDArray[np.float64]]]:
-        """:meth:`embed`, and what the vision encoder says meanwhile."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[VisionTap, NDArray[np.float64]]]:
+        """:meth:`embed`, the positions that the model gives its decoder, and what the vision encoder says meanwhile."""
         pixels = torch.from_numpy(np.asarray(inputs.pixel_values, np.float32)).to(self.rounded_to).to(self.dtype)
         ids = torch.from_numpy(as_index(inputs.input_ids))
         others = {name: torch.from_numpy(np.asarray(array)) for name, array in inputs.processed.items()}
@@ -200,7 +203,11 @@ class Reference:
         with watch_vision(self.model, taps) as scores, stop_before(self.text) as arguments:
             self.model(**others)
         hidden = arguments["inputs_embeds"]
-        return hidden[0, ids == self.image_token_id], hidden, scores
+        given = arguments.get("position_ids")
+        # Before several axes some models put the row numbers that packed prompts are told apart by.
+        several = given is not None and given.ndim == 1 + ids[None].ndim  # axes, batch, sequence
+        positions = given[-_AXES:] if several else torch.arange(hidden.shape[1])[None]
+        return hidden[0, ids == self.image_token_id], hidden, positions, scores
 
     def _look(self, walk: _Walk, number: int, kinds: Sequence[str], cache: Any = None) -> torch.Tensor:
         """Run layer ``number`` and take down ``kinds`` of it; without a cache it is only looked at, and not run where that will do."""

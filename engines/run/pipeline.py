@@ -98,7 +98,7 @@ class Pipeline:
         self._shared = self.profile.batch == self.profile.decode_batch
         self._decode_caches = self._bind("decode", self._prefill_caches if self._shared else None)
         self._slots = Slots(self.profile, self.geometry.pad_token_id)
-        self._prefilled: tuple[int, ...] = ()
+        self._prefilled: tuple[tuple[int, int], ...] = ()  # of each row the real tokens, and by how much the next position differs
         self._poisoned = False  # decode may have left a NaN in shared caches; a filled slot is copied whole
         self.prefills = 0  # how many there were: a stream sees by it that its prompts are gone
         self._seen: OrderedDict[bytes, dict[str, Array]] = OrderedDict()
@@ -189,10 +189,10 @@ class Pipeline:
         for stage, rows in enumerate(kept):
             if (np.diff(rows, axis=1) < 1).any():  # a NaN among the scores takes tokens twice
                 raise EngineError(f"stage {stage} kept a token twice: its scores are no numbers, run `sievert check` on this variant")
-        self._prefilled = batch.lengths
+        self._prefilled = tuple(zip(batch.lengths, batch.shifts or (0,) * len(batch.lengths), strict=True))
         if self._shared:
-            for row, length in enumerate(batch.lengths):
-                self._slots.start(row, length)
+            for row, (length, shift) in enumerate(self._prefilled):
+                self._slots.start(row, length, shift)
         return PrefillResult(logits, kept, embeds, outputs)
 
     def fill(self, slot: int, row: int) -> None:
@@ -209,7 +209,7 @@ class Pipeline:
         else:
             for target, source in zip(self._decode_caches, self._prefill_caches, strict=True):
                 target.buffer.copy_row(slot, source.buffer, row)
-        self._slots.start(slot, self._prefilled[row])
+        self._slots.start(slot, *self._prefilled[row])
 
     def decode(self, tokens: Array) -> Array:
         """Feed one token per slot, ``tokens[Bd]`` integers, and get ``logits[Bd, V]`` float32 for the next ones.
@@ -220,9 +220,11 @@ class Pipeline:
             ProfileError: another number of tokens, one outside the vocabulary, or a slot whose cache is full.
             EngineError: a slot that nothing was prefilled for, or the runtime failed.
         """
-        fed, rows = self._slots.step(np.asarray(tokens), self.geometry.vocabulary)
-        # Without pruning, the next token's row and its position are the same number; the graph subtracts what each stage dropped.
-        values = {"input_ids": fed[:, None], "position_ids": rows[:, None], "cache_row": rows}
+        fed, rows, positions = self._slots.step(np.asarray(tokens), self.geometry.vocabulary)
+        # Both as without pruning: the graph subtracts what each stage dropped.
+        axes = (self.geometry.position_axes,) if self.geometry.position_axes > 1 else ()
+        position_ids = np.broadcast_to(positions[:, None], (*axes, len(positions), 1))
+        values = {"input_ids": fed[:, None], "position_ids": np.ascontiguousarray(position_ids), "cache_row": rows}
         logits = self._run("decode", values)["logits"]
         self._slots.advance(np.asarray(tokens))
         if self._shared and not np.isfinite(logits).all():

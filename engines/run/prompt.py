@@ -17,6 +17,7 @@ from sievert.bundle.profile import Profile
 from sievert.bundle.specs import Geometry
 from sievert.engines.run.dtypes import Array
 from sievert.engines.run.images import load_image
+from sievert.engines.run.positions import Grid, multi_axis_positions
 from sievert.engines.run.text import Detokenizer, Tokenizer
 
 Picture = Path | str | Image.Image
@@ -30,8 +31,9 @@ class PromptBatch:
     """Right-padded prompts for one prefill: int64, except ``pixel_values``.
 
     ``pixel_values[B, *picture]`` float32 (``[B, M, *picture]`` where prompts have several images), ``input_ids[B, S]``,
-    ``attention_mask[B, S]`` (1 for real tokens), ``position_ids[B, S]`` (padding repeats the last real one), ``visual_index[B, Nv]``
-    (ascending), ``lengths`` real tokens of each row; ``processed`` each row's arrays as the processor made them of its ``pictures``. Rows
+    ``attention_mask[B, S]`` (1 for real tokens), ``position_ids[B, S]``, or ``[3, B, S]`` (padding repeats the last real one),
+    ``visual_index[B, Nv]`` (ascending), ``lengths`` real tokens of each row; the next token's position is the row's length and its
+    ``shifts``, 0 where there are none; ``processed`` each row's arrays as the processor made them of its ``pictures``. Rows
     from ``rows`` on are copies of the last real one: a static graph always computes all B.
     """
 
@@ -44,6 +46,7 @@ class PromptBatch:
     rows: int
     processed: tuple[Mapping[str, Array], ...] = ()
     pictures: tuple[tuple[Image.Image, ...], ...] = ()
+    shifts: tuple[int, ...] = ()
 
     def unpadded(self, row: int) -> Array:
         """The real tokens ``[length]`` of one row."""
@@ -176,16 +179,24 @@ class Prompter:
             input_ids[place, : len(row.input_ids)] = row.input_ids
         places = np.arange(S)
         real = places < lengths[:, None]  # [B, S]; the pad token may be the image token's id in some models
+        position_ids: Array = np.minimum(places, lengths[:, None] - 1)
+        visual_index = np.stack([np.flatnonzero(row.input_ids == self.geometry.image_token_id) for row in filled])
+        following = lengths
+        if self.geometry.position_axes > 1:
+            rows_columns = self.geometry.grid or (1, self.geometry.visual_tokens)
+            grids = [[Grid(*rows_columns)] * self.profile.images] * B
+            position_ids, following = multi_axis_positions(visual_index, lengths.tolist(), S, grids)
         return PromptBatch(
             pixel_values=np.stack([row.pixels for row in filled]),
             input_ids=input_ids,
             attention_mask=real.astype(np.int64),
-            position_ids=np.minimum(places, lengths[:, None] - 1),
-            visual_index=np.stack([np.flatnonzero(row.input_ids == self.geometry.image_token_id) for row in filled]),
+            position_ids=position_ids,
+            visual_index=visual_index,
             lengths=tuple(int(length) for length in lengths),
             rows=len(rows),
             processed=tuple(row.processed for row in filled),
             pictures=tuple(row.pictures for row in filled),
+            shifts=tuple((following - lengths).tolist()),
         )
 
 

@@ -25,20 +25,21 @@ class Slots:
         self._profile = profile
         self._pad = pad_token_id
         self._lengths = np.zeros(profile.decode_batch, np.int64)
+        self._shifts = np.zeros(profile.decode_batch, np.int64)
 
     @property
     def lengths(self) -> tuple[int, ...]:
         """Tokens each slot holds; 0 where nothing was prefilled."""
         return tuple(int(length) for length in self._lengths)
 
-    def start(self, slot: int, length: int) -> None:
-        """Slot ``slot`` now holds a prompt of ``length`` real tokens."""
+    def start(self, slot: int, length: int, shift: int = 0) -> None:
+        """Slot ``slot`` now holds a prompt of ``length`` real tokens; the next one's position is its row and ``shift``."""
         if not 0 <= slot < len(self._lengths):
             raise EngineError(f"slot {slot} does not exist: choose 0..{len(self._lengths) - 1}")
-        self._lengths[slot] = length
+        self._lengths[slot], self._shifts[slot] = length, shift
 
-    def step(self, tokens: Array, vocabulary: int) -> tuple[Array, Array]:
-        """What to feed, ``[Bd]``, and the row each token goes to, ``[Bd]``, both int64.
+    def step(self, tokens: Array, vocabulary: int) -> tuple[Array, Array, Array]:
+        """What to feed, the row each token goes to, and its position, each ``[Bd]`` int64.
 
         Raises:
             ProfileError: another number of tokens, one outside the vocabulary, or a full cache.
@@ -62,7 +63,7 @@ class Slots:
                 )
         # An empty slot writes where no stage's row is negative: every stage drops fewer than S tokens.
         rows = np.where(self._lengths > 0, np.minimum(self._lengths, capacity - 1), self._profile.sequence - 1)
-        return np.where(tokens == IDLE, self._pad, tokens).astype(np.int64), rows
+        return np.where(tokens == IDLE, self._pad, tokens).astype(np.int64), rows, np.maximum(rows + self._shifts, 0)
 
     def advance(self, tokens: Array) -> None:
         """The slots that were fed hold one token more."""

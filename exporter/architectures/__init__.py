@@ -8,9 +8,22 @@ from sievert.exporter.architectures.llava_next import LLAVA_NEXT
 from sievert.exporter.architectures.llava_onevision import LLAVA_ONEVISION
 from sievert.exporter.architectures.mistral3 import MISTRAL3
 from sievert.exporter.architectures.pixtral import PIXTRAL
+from sievert.exporter.architectures.qwen2_5_vl import QWEN2_5_VL
+from sievert.exporter.architectures.qwen2_vl import QWEN2_VL
 from sievert.exporter.architectures.smolvlm import SMOLVLM
 
-ARCHITECTURES: tuple[Architecture, ...] = (LLAVA, PIXTRAL, LLAVA_NEXT, LLAVA_ONEVISION, INTERNVL, IDEFICS3, SMOLVLM, MISTRAL3)
+ARCHITECTURES: tuple[Architecture, ...] = (
+    LLAVA,
+    PIXTRAL,
+    LLAVA_NEXT,
+    LLAVA_ONEVISION,
+    INTERNVL,
+    IDEFICS3,
+    SMOLVLM,
+    MISTRAL3,
+    QWEN2_VL,
+    QWEN2_5_VL,
+)
 
 __all__ = ["ARCHITECTURES", "Architecture", "supported"]
 

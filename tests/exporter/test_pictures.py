@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,13 +14,22 @@ import pytest
 import torch
 import transformers
 from transformers import PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from sievert.bundle.errors import UnsupportedModelError
+from sievert.engines.build.process import build_engine
 from sievert.exporter.names import VISION_ENCODER
 from sievert.exporter.passes import Float32Islands, KeepScopes, NameInterface, RaiseOpset
-from sievert.exporter.pictures import PictureEncoder, picture_encoder
+from sievert.exporter.pictures import PictureEncoder, _Evaluator, picture_encoder
 from sievert.exporter.trace import trace
+from sievert.graph_passes.expose import to_bytes
+from sievert.graph_passes.lint import lint
+from sievert.graph_passes.lower import lower
 from sievert.graph_passes.specialise import specialise
 from tests.exporter.graphs import assert_equal, run
+
+needs_rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed")
 
 TEXT = {
     "hidden_size": 32,
@@ -163,7 +174,7 @@ def make(case: Case, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedMode
 def export(encoder: PictureEncoder) -> ir.Model:
     """The static graph, by the exporter's passes."""
     axes: dict[str, tuple[str, ...]] = {"pixel_values": ()}
-    model = trace(encoder, {"pixel_values": encoder.blank()}, axes, what="the vision encoder")
+    model: ir.Model = trace(encoder, {"pixel_values": encoder.blank()}, axes, what="the vision encoder")
     for each in (NameInterface(axes, encoder.outputs), Float32Islands(), KeepScopes(), RaiseOpset()):
         each(model)
     model.graph.name = VISION_ENCODER
@@ -202,3 +213,98 @@ def test_graph_says_what_the_model_says(case: Case):
     operators = [node.op_type for node in graph.graph]
     assert not DYNAMIC & set(operators)
     assert case.attentions in (None, operators.count("Attention"))
+
+
+@needs_rtx
+@pytest.mark.parametrize("name", ["qwen2.5-vl-uneven", "llava-onevision-shrunk"])
+def test_windows_and_resized_features_build_for_rtx(name: str, tmp_path: Path):
+    model, processed = make(CASES[name], torch.float16)
+    graph = lower(export(picture_encoder(model, processed=processed)), "tensorrt-rtx")
+    assert lint(graph, "tensorrt-rtx") == []
+    (tmp_path / "graph.onnx").write_bytes(to_bytes(graph))
+    build_engine("tensorrt_rtx", tmp_path / "graph.onnx", tmp_path / "graph.engine")
+    assert (tmp_path / "graph.engine").stat().st_size > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sixteen_bits_in_and_out(dtype: torch.dtype):
+    model, processed = make(CASES["mistral3"], dtype)
+    graph = export(picture_encoder(model, processed=processed)).graph
+    kind = ir.DataType.FLOAT16 if dtype == torch.float16 else ir.DataType.BFLOAT16
+    assert {value.dtype for value in (*graph.inputs, *graph.outputs)} == {kind}
+
+
+def test_parameters_are_shared_and_the_decoder_stays_out():
+    model, processed = make(CASES["qwen3-vl"])
+    encoder = picture_encoder(model, processed=processed)
+    own, whole = dict(encoder.named_parameters()), dict(model.named_parameters())
+    assert own
+    assert all(whole[name] is parameter for name, parameter in own.items())
+    decoder = {id(parameter) for parameter in model.get_decoder().parameters()}
+    assert not decoder & {id(parameter) for parameter in own.values()}
+    assert any(id(parameter) in decoder for parameter in model.parameters())  # the model keeps it
+
+
+def state_of_the_library(model: PreTrainedModel) -> list[Any]:
+    modules: list[Any] = list(model.modules())
+    implementations = [module.config._attn_implementation for module in modules if hasattr(module, "config")]
+    return [
+        implementations,
+        [type(module).forward for module in modules],
+        list(ALL_ATTENTION_FUNCTIONS),
+        list(ALL_MASK_ATTENTION_FUNCTIONS),
+    ]
+
+
+def test_everything_is_put_back():
+    model, processed = make(CASES["qwen2.5-vl-uneven"])
+    before = state_of_the_library(model)
+    encoder = picture_encoder(model, processed=processed)
+    export(encoder)
+    assert state_of_the_library(model) == before
+    with pytest.raises(RuntimeError):
+        encoder(torch.zeros(1, 2, 3))
+    assert state_of_the_library(model) == before
+
+
+def test_tiles_of_zeros_are_padding_if_the_example_has_them():
+    model, processed = make(CASES["smolvlm"])
+    processed["pixel_values"][:, 1] = 0
+    encoder = picture_encoder(model, processed=processed)
+    assert encoder.tokens == 2 * 4
+    other = np.random.default_rng(1).standard_normal(CASES["smolvlm"].pixels, dtype=np.float32)
+    got = run(export(encoder), pixel_values=other)["image_features"]
+    other[:, 1] = 0
+    assert_equal(got, reference(model, processed, other)["image_features"])
+
+
+def test_hidden_patches_stay_hidden():
+    """The right half of the last tile is padding: there the mask is no mere formality."""
+    model, processed = make(CASES["idefics3"])
+    processed["pixel_attention_mask"][:, -1, :, 8:] = 0
+    encoder = picture_encoder(model, processed=processed)
+    other = np.random.default_rng(1).standard_normal(CASES["idefics3"].pixels, dtype=np.float32)
+    assert_equal(run(export(encoder), pixel_values=other)["image_features"], reference(model, processed, other)["image_features"])
+
+
+def test_refused_without_what_the_tower_needs():
+    model, processed = make(CASES["llava-next"])
+    with pytest.raises(UnsupportedModelError, match="needs image_sizes, but its processor gave pixel_values"):
+        picture_encoder(model, processed={"pixel_values": processed["pixel_values"]})
+    with pytest.raises(UnsupportedModelError, match="has no get_image_features"):
+        picture_encoder(model.get_decoder(), processed=processed)
+
+
+class Writes(torch.nn.Module):
+    """Writes what it sees into a tensor it made itself."""
+
+    def forward(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+        with _Evaluator():
+            made = torch.zeros(2, 3)
+            made[0] = pixel_values[0] * 2
+            return {"made": made}
+
+
+def test_content_written_into_a_constant_is_refused():
+    with pytest.raises(Exception, match="__setitem__ writes what depends on the picture's content"):
+        trace(Writes(), {"pixel_values": torch.ones(2, 3)}, {"pixel_values": ()}, what="a module")
