@@ -48,6 +48,7 @@ class Geometry(Record):
     tokens of the generation config; ``grid`` is the patch grid (rows, columns) of one image after merging. ``vision_layers`` is the
     vision encoder's depth, 0 in bundles made before it was recorded; ``class_tokens`` stand before its patches.
     ``position_axes`` is how many numbers a token's position has: 1, or 3 (time, height, width) where rotary embedding takes three.
+    ``visual_planes`` is how many of the first layers add features of the pictures to their output (DeepStack).
     """
 
     depth: int
@@ -69,3 +70,4 @@ class Geometry(Record):
     vision_layers: int = 0
     class_tokens: int = 0
     position_axes: int = 1
+    visual_planes: int = 0

@@ -63,7 +63,7 @@ def make_variant(
         {"input_ids": (batch, length), "image_features": features, "visual_index": (batch, profile.visual_tokens)},
     )
     progress("prefill")
-    graphs["prefill"] = FixShapes()(build_prefill(decoder, profile, plan, cuttings, geometry.grid)).model
+    graphs["prefill"] = FixShapes()(build_prefill(decoder, profile, plan, cuttings, geometry.grid, planes=geometry.visual_planes)).model
     progress("decode")
     graphs["decode"] = FixShapes()(build_decode(decoder, dynamic["embed_tokens"], profile, plan)).model
     return graphs
