@@ -61,8 +61,8 @@ def try_processor(checkpoint: Checkpoint, config: PreTrainedConfig, size: tuple[
             made = processor(images=[_picture(*size)], text=[place], return_tensors="np")
     except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
         raise CheckpointError(
-            f"{given}: its processor fails on an image of {size[0]}x{size[1]} pixels and the prompt {place!r} ({error}): processor_config.json must hold patch_size "
-            "and vision_feature_select_strategy of this model"
+            f"{given}: its processor fails on an image of {size[0]}x{size[1]} pixels and the prompt {place!r} ({error}): "
+            "processor_config.json must hold patch_size and vision_feature_select_strategy of this model"
         ) from error
     pictures = split_pictures(made, 1)
     if pictures.masked:

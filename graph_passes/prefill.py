@@ -24,20 +24,23 @@ from sievert.bundle.profile import Profile
 from sievert.graph_passes.decoder import Decoder, Layer
 from sievert.graph_passes.groups import Cutting, select_by_image
 from sievert.graph_passes.instance import Instance
+from sievert.graph_passes.planes import Planes
 from sievert.graph_passes.rows import cut_rows, describe_rows, gather_rows
 from sievert.graph_passes.selectors.base import StageGeometry, StageInputs, Tap
 from sievert.graph_passes.vision_scores import VISUAL_SCORES
 
 
-def build_prefill(decoder: Decoder, profile: Profile, plan: Plan, cuttings: Sequence[Cutting], grid: tuple[int, int]) -> ir.Model:
+def build_prefill(
+    decoder: Decoder, profile: Profile, plan: Plan, cuttings: Sequence[Cutting], grid: tuple[int, int], *, planes: int = 0
+) -> ir.Model:
     """The static prefill graph of the contract (DESIGN.md), pruned by ``cuttings`` in order; none gives the unpruned graph.
 
-    It takes ``visual_scores[B, Nv]`` where a selector has a vision tap.
+    It takes ``visual_scores[B, Nv]`` where a selector has a vision tap, and ``deepstack.{i}[B, Nv, D]`` for each of ``planes``.
 
     Inner values ``stage.{s}.residual``, ``stage.{s}.scores`` and ``stage.{s}.order`` keep these names for ``expose``.
     """
     scored = any(cutting.selector.vision_tap is not None for cutting in cuttings)
-    splice = _Splice(decoder, profile, plan, grid, scored=scored)
+    splice = _Splice(decoder, profile, plan, grid, scored=scored, planes=planes)
     cuts = {cutting.layer: (number, cutting) for number, cutting in enumerate(cuttings)}
     for layer in decoder.layers:
         if layer.index in cuts:
@@ -49,7 +52,7 @@ def build_prefill(decoder: Decoder, profile: Profile, plan: Plan, cuttings: Sequ
 class _Splice:
     """The prefill graph while it is put together: the sequence as it stands, and the instance of the decoder that runs on it."""
 
-    def __init__(self, decoder: Decoder, profile: Profile, plan: Plan, grid: tuple[int, int], *, scored: bool) -> None:
+    def __init__(self, decoder: Decoder, profile: Profile, plan: Plan, grid: tuple[int, int], *, scored: bool, planes: int) -> None:
         self._decoder, self._profile, self._plan, self._grid = decoder, profile, plan, grid
         self._build = build = GraphBuilder(ir.Graph([], [], nodes=[], opset_imports={"": 24}, name="prefill"))
         batch, length, visual = profile.batch, profile.sequence, profile.visual_tokens
@@ -74,6 +77,7 @@ class _Splice:
             position_ids=position_ids,
             position_axes=decoder.position_axes,
         )
+        self._planes = Planes(build, planes, self._rows, dtype=decoder.dtype, width=decoder.width)
         build.pop_module()
         self._enter(0, self._embeds, "front")
 
@@ -149,6 +153,7 @@ class _Splice:
         caches = self._caches[layer.index]
         self._presents.append((f"present.{layer.index}.key", op.TensorScatter(caches[0], key, axis=2)))
         self._presents.append((f"present.{layer.index}.value", op.TensorScatter(caches[1], value, axis=2)))
+        self._planes.add(segment, layer, self._rows)
 
     def finish(self) -> ir.Model:
         """Logits of the last real row, and all outputs."""

@@ -61,7 +61,9 @@ def make_variant(
         {"input_ids": (batch, length), "image_features": features, "visual_index": (batch, profile.visual_tokens)},
     )
     progress("prefill")
-    graphs["prefill"] = FixShapes()(build_prefill(decoder, profile, plan, cuttings, geometry.grid or (1, geometry.visual_tokens))).model
+    grid = geometry.grid or (1, geometry.visual_tokens)
+    prefill = build_prefill(decoder, profile, plan, cuttings, grid, planes=geometry.visual_planes)
+    graphs["prefill"] = FixShapes()(prefill).model
     progress("decode")
     graphs["decode"] = FixShapes()(build_decode(decoder, dynamic["embed_tokens"], profile, plan)).model
     return graphs

@@ -64,11 +64,14 @@ def make_prompts(family: str) -> Prompts:
         embeds[row, visual_index[row]] = rng.standard_normal((GRID.tokens, geometry.width)) / geometry.width**0.5
     positions, following = multi_axis_positions(visual_index, [len(row) for row in ids], length, [[GRID]] * BATCH)
     feeds = {"inputs_embeds": embeds, "position_ids": positions, "attention_mask": mask, "visual_index": visual_index}
+    planes = rng.standard_normal((3, BATCH, GRID.tokens, geometry.width)).astype(np.float32)
+    feeds |= {f"deepstack.{number}": plane for number, plane in enumerate(planes)}
     return Prompts(feeds, ids, following)
 
 
-def make(family: str, plan: Plan) -> dict[str, ir.Model]:
+def make(family: str, plan: Plan, *, planes: int = 0) -> dict[str, ir.Model]:
     _, geometry, dynamic = export_tiny(family)
+    geometry = geometry.model_copy(update={"visual_planes": planes})
     profile = Profile(batch=BATCH, decode_batch=BATCH, visual_tokens=GRID.tokens, max_text=MAX_TEXT, max_new_tokens=MAX_NEW)
     return make_variant(dynamic, geometry, plan, profile)
 
@@ -127,7 +130,7 @@ class Layers:
         return found
 
     @torch.inference_mode()
-    def prefill(self, prompts: Prompts, row: int, plan: Plan, kept: list[Array]) -> Array:
+    def prefill(self, prompts: Prompts, row: int, plan: Plan, kept: list[Array], planes: int) -> Array:
         real = len(prompts.ids[row])
         hidden = torch.tensor(prompts.feeds["inputs_embeds"][row : row + 1, :real])
         positions, rows = torch.tensor(prompts.feeds["position_ids"][:, row : row + 1, :real]), np.arange(real)
@@ -137,6 +140,11 @@ class Layers:
                 stay = torch.tensor(np.isin(rows, cuts[number]) | (prompts.ids[row][rows] != IMAGE))
                 hidden, positions, rows = hidden[:, stay], positions[..., stay], rows[stay.numpy()]
             hidden = self.step(number, hidden, positions)
+            if number < planes:
+                plane, visual = prompts.feeds[f"deepstack.{number}"][row], prompts.feeds["visual_index"][row].tolist()
+                for place, original in enumerate(rows.tolist()):
+                    if original in visual:
+                        hidden[0, place] += torch.tensor(plane[visual.index(original)])
         return self.logits(hidden)
 
     @torch.inference_mode()
@@ -147,7 +155,7 @@ class Layers:
         return self.logits(hidden)
 
 
-def compare(family: str, plan: Plan, graphs: dict[str, ir.Model]) -> dict[str, Array]:
+def compare(family: str, plan: Plan, graphs: dict[str, ir.Model], *, planes: int = 0) -> dict[str, Array]:
     """Every row's logits and caches agree with the model's own layers on the engine's kept tokens."""
     prompts = make_prompts(family)
     tokens = np.random.default_rng(1).integers(10, 90, (BATCH, STEPS))
@@ -155,7 +163,7 @@ def compare(family: str, plan: Plan, graphs: dict[str, ir.Model]) -> dict[str, A
     for row in range(BATCH):
         kept = [first[f"kept_index.{stage}"][row] for stage in range(len(plan.stages))]
         layers = Layers(family)
-        expected = [layers.prefill(prompts, row, plan, kept)]
+        expected = [layers.prefill(prompts, row, plan, kept, planes)]
         for number in range(len(layers.text.layers)):
             keys = layers.cache.layers[number].keys[0].numpy()  # [G, rows, d]
             assert_close(first[f"present.{number}.key"][row][:, : keys.shape[1]], keys, f"present.{number}.key of row {row}")
@@ -186,6 +194,39 @@ def test_unpruned_equals_the_whole_model(family: str) -> None:
         head: Any = model.lm_head
         last = head(hidden[torch.arange(BATCH), torch.tensor([len(ids) - 1 for ids in prompts.ids])]).numpy()
     assert_close(Session(make(family, Plan())["prefill"]).run(prompts.feeds)["logits"], last, "logits of the whole model")
+
+
+@pytest.mark.parametrize("cuts", [[], [(0, 11)], [(1, 7)], [(2, 7)], [(3, 9)], [(1, 9), (2, 4)]])
+def test_planes_follow_the_kept_tokens(cuts: list[tuple[int, int]]) -> None:
+    """Before, between, at and behind the layers that add planes."""
+    plan = plan_of(cuts)
+    graphs = make("qwen3_vl", plan, planes=3)
+    assert [str(value.name) for value in graphs["prefill"].graph.inputs if str(value.name).startswith("deepstack")] == [
+        f"deepstack.{number}" for number in range(3)
+    ]
+    lowered = {name: lower(graphs[name], "tensorrt-rtx") for name in ("prefill", "decode")}
+    assert not {node.op_type for graph in lowered.values() for node in graph.graph} & {"NonZero", "ScatterND"}
+    for each in (graphs, lowered):
+        compare("qwen3_vl", plan, each, planes=3)
+
+
+def test_planes_equal_the_whole_model() -> None:
+    prompts, model = make_prompts("qwen3_vl"), export_tiny("qwen3_vl")[0]
+    inner: Any = model.model
+    names = ("inputs_embeds", "attention_mask", "position_ids")
+    visual = torch.zeros(BATCH, GRID.tokens + MAX_TEXT, dtype=torch.bool)
+    for row, places in enumerate(prompts.feeds["visual_index"]):
+        visual[row, torch.tensor(places)] = True
+    with torch.inference_mode():
+        hidden = inner.language_model(
+            **{name: torch.tensor(prompts.feeds[name]) for name in names},
+            visual_pos_masks=visual,
+            deepstack_visual_embeds=[torch.tensor(prompts.feeds[f"deepstack.{number}"]).flatten(0, 1) for number in range(3)],
+        ).last_hidden_state
+        head: Any = model.lm_head
+        last = head(hidden[torch.arange(BATCH), torch.tensor([len(ids) - 1 for ids in prompts.ids])]).numpy()
+    found = Session(make("qwen3_vl", Plan(), planes=3)["prefill"]).run(prompts.feeds)["logits"]
+    assert_close(found, last, "logits of the whole model")
 
 
 def test_interface(family: str) -> None:
