@@ -111,6 +111,8 @@ def make_plan(geometry: Geometry, cuts: Sequence[Cut], *, positions: Positions =
             raise PlanError(f"{cut.source}: {error}") from error
         if cut.layer == "auto":
             policies.add(schedule.positions)
+    if geometry.position_axes > 1:
+        policies = {"keep"}  # places in a picture cannot be renumbered, whatever the paper does on models of one axis
     if positions == "auto" and len(policies) > 1:
         raise PlanError("the selectors' papers treat positions differently after a cut: choose positions keep or compact")
     return Plan(stages=tuple(stages), positions=positions if positions != "auto" else (policies or {"keep"}).pop())

@@ -205,8 +205,8 @@ class Reference:
         hidden = arguments["inputs_embeds"]
         given = arguments.get("position_ids")
         # Before several axes some models put the row numbers that packed prompts are told apart by.
-        several = given is not None and given.ndim == 1 + ids[None].ndim  # axes, batch, sequence
-        positions = given[-_AXES:] if several else torch.arange(hidden.shape[1])[None]
+        several = None if given is None or given.ndim == ids[None].ndim else given[-_AXES:]  # axes, batch, sequence
+        positions = torch.arange(hidden.shape[1])[None] if several is None else several
         return hidden[0, ids == self.image_token_id], hidden, positions, scores
 
     def _look(self, walk: _Walk, number: int, kinds: Sequence[str], cache: Any = None) -> torch.Tensor:

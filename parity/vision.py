@@ -21,7 +21,7 @@ def watch_vision(model: Any, taps: Collection[VisionTap]) -> Iterator[dict[Visio
         PlanError: the class token of an encoder that has none, or an encoder without such a layer.
     """
     found = dict[VisionTap, Array]()
-    tower = model.model.vision_tower if taps else None
+    tower: Any = model.model.vision_tower if taps else None
     attentions = {tap: tower.encoder.layers[_layer(model, tap)].self_attn for tap in taps}
     watched = {(tap, name): getattr(attentions[tap], f"{name}_proj") for tap in taps for name in ("q", "k")}
     with watch_outputs({f"{tap}.{name}": module for (tap, name), module in watched.items()}) as seen:
