@@ -20,6 +20,7 @@ from sievert.bundle.errors import GraphError
 
 # Folding below this many elements; a folded constant stays far under 1 MiB, and weights are never touched.
 _FOLD_ELEMENTS: Final = 8192
+_NOTES: Final = "pkg.onnxscript.shape_inference_error"
 NAMED: Final = "stage."
 """Inner values whose name starts so are part of the interface: `expose` makes outputs of them."""
 _ROUNDS: Final = 8
@@ -67,6 +68,8 @@ class FixShapes(ir.passes.InPlacePass):
         for _ in named:
             model.graph.outputs.pop()
         ShapeInferencePass()(model)  # the files say every shape, of what `expose` shows too
+        for node in model.graph:
+            node.metadata_props.pop(_NOTES, None)  # the builder's, of values whose shape was not known to it yet
         for name, value in list(model.graph.initializers.items()):
             if not value.uses() and not value.is_graph_output():  # a named value that turned out constant
                 del model.graph.initializers[name]

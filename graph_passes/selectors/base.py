@@ -17,6 +17,7 @@ from sievert.bundle.errors import PlanError
 from sievert.bundle.plan import Stage, resolve_keep
 from sievert.bundle.specs import Geometry
 from sievert.graph_passes.selectors.options import check_values
+from sievert.graph_passes.selectors.rank import limit_topk
 from sievert.graph_passes.selectors.schedule import Schedule
 
 TapKind = Literal[
@@ -214,6 +215,6 @@ class Selector(ABC):
     def select(self, build: GraphBuilder, inputs: StageInputs) -> Selection:
         """Add the subgraph to the builder's graph. Static shapes only; no NonZero, Compress, Loop or If."""
 
-    @abstractmethod
-    def largest_topk(self, visual: int, keep: int) -> int:
-        """The largest K of any TopK the subgraph holds, for lint."""
+    def largest_topk(self, visual: int, keep: int) -> int:  # noqa: ARG002 (most have no TopK over all tokens)
+        """The largest K of any TopK the subgraph holds; of most it takes all kept tokens at once."""
+        return limit_topk(keep)

@@ -12,7 +12,7 @@ from sievert.bundle.plan import Stage
 from sievert.bundle.specs import Geometry
 from sievert.graph_passes.selectors.attention import attend_last
 from sievert.graph_passes.selectors.base import Selection, Selector, StageInputs, Tap
-from sievert.graph_passes.selectors.rank import limit_topk, take_best
+from sievert.graph_passes.selectors.rank import take_best
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,6 @@ class FastV(Selector):
                 f"layer={stage.layer}, but fastv reads the attention of the layer before the cut: choose 1..{model.depth - 1}, "
                 "or pyramiddrop, which reads the layer that is cut before"
             )
-
-    def largest_topk(self, visual: int, keep: int) -> int:  # noqa: ARG002 (no TopK over all tokens)
-        """All kept tokens at once."""
-        return limit_topk(keep)
 
     def select(self, build: GraphBuilder, inputs: StageInputs) -> Selection:
         """Scores are the row's attention probabilities, the mean over heads; the order is theirs."""

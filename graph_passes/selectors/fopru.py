@@ -14,7 +14,7 @@ from sievert.bundle.plan import Stage, resolve_keep
 from sievert.bundle.specs import Geometry
 from sievert.graph_passes.selectors.base import Selection, Selector, StageInputs, VisionTap
 from sievert.graph_passes.selectors.options import choice
-from sievert.graph_passes.selectors.rank import Op, limit_topk, take_best
+from sievert.graph_passes.selectors.rank import Op, take_best
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,6 @@ class FoPru(Selector):
         if self.strategy == "row":
             self._check_rows(keep, model, images)
         return keep
-
-    def largest_topk(self, visual: int, keep: int) -> int:  # noqa: ARG002 (no TopK over all tokens)
-        """All kept tokens at once; under ``row`` it is as many rows as that, or fewer."""
-        return limit_topk(keep)
 
     def select(self, build: GraphBuilder, inputs: StageInputs) -> Selection:
         """Scores are the encoder's, under ``row`` each token's is its row's; order is by score, and rows are read from left to right."""

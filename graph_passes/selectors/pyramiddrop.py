@@ -9,7 +9,7 @@ from onnxscript import GraphBuilder
 
 from sievert.graph_passes.selectors.attention import attend_last
 from sievert.graph_passes.selectors.base import Selection, Selector, StageInputs, Tap
-from sievert.graph_passes.selectors.rank import limit_topk, take_best
+from sievert.graph_passes.selectors.rank import take_best
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,6 @@ class PyramidDrop(Selector):
     def taps(self, layer: int, depth: int, since: int = 0) -> tuple[Tap, ...]:  # noqa: ARG002 (every layer alike)
         """Query and key of the layer that is cut before, as its attention multiplies them."""
         return Tap("q_rotary", layer), Tap("k_rotary", layer)
-
-    def largest_topk(self, visual: int, keep: int) -> int:  # noqa: ARG002 (no TopK over all tokens)
-        """All kept tokens at once."""
-        return limit_topk(keep)
 
     def select(self, build: GraphBuilder, inputs: StageInputs) -> Selection:
         """Scores are the row's attention probabilities, the mean over heads; the order is theirs."""

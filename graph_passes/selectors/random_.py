@@ -11,7 +11,7 @@ from onnxscript import GraphBuilder
 
 from sievert.graph_passes.selectors.base import Selection, Selector, StageInputs
 from sievert.graph_passes.selectors.options import number
-from sievert.graph_passes.selectors.rank import limit_topk, take_best
+from sievert.graph_passes.selectors.rank import take_best
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,6 @@ class Random(Selector):
     seed: int = number(0, at_least=0)
 
     name: ClassVar[str] = "random"
-
-    def largest_topk(self, visual: int, keep: int) -> int:  # noqa: ARG002 (no TopK over all tokens)
-        """All kept tokens at once."""
-        return limit_topk(keep)
 
     def select(self, build: GraphBuilder, inputs: StageInputs) -> Selection:
         """Scores are the number of visual tokens before any cut, minus the token's rank in the permutation (counted from 0)."""

@@ -15,7 +15,7 @@ from sievert.graph_passes.selectors.attention import attend_mean, gather_columns
 from sievert.graph_passes.selectors.base import Selection, Selector, StageInputs, Tap
 from sievert.graph_passes.selectors.cosine import gather_rows
 from sievert.graph_passes.selectors.options import choice
-from sievert.graph_passes.selectors.rank import FLOAT, Op, limit_topk, take_best
+from sievert.graph_passes.selectors.rank import FLOAT, Op, take_best
 
 RATERS: Final = "raters"
 
@@ -31,10 +31,6 @@ class SparseVlm(Selector):
     def taps(self, layer: int, depth: int, since: int = 0) -> tuple[Tap, ...]:  # noqa: ARG002 (every layer alike)
         """Query and key of the layer that is cut before, as its attention multiplies them."""
         return Tap("q_rotary", layer), Tap("k_rotary", layer)
-
-    def largest_topk(self, visual: int, keep: int) -> int:  # noqa: ARG002 (no TopK over all tokens)
-        """All kept tokens at once."""
-        return limit_topk(keep)
 
     def select(self, build: GraphBuilder, inputs: StageInputs) -> Selection:
         """Scores are attention probabilities, the mean over raters and heads; ``raters[B, S]`` (0 or 1) go on to later stages."""

@@ -18,7 +18,7 @@ from sievert.bundle.specs import Geometry
 from sievert.graph_passes.selectors.attention import attend_mean, gather_columns, mask_softmax
 from sievert.graph_passes.selectors.base import Selection, Selector, StageInputs, Tap, TapKind
 from sievert.graph_passes.selectors.options import choice, number
-from sievert.graph_passes.selectors.rank import FLOAT, TINY, Op, cast_float, limit_topk, take_best
+from sievert.graph_passes.selectors.rank import FLOAT, TINY, Op, cast_float, take_best
 
 TRANSITION: Final = "transition"
 MODULES: Final[tuple[tuple[TapKind, TapKind], ...]] = (("attention_in", "attention_out"), ("mlp_in", "mlp_out"))
@@ -59,10 +59,6 @@ class TransPrune(Selector):
                 f"layer={stage.layer}, but transprune reads what the layers before the cut did: choose 1..{model.depth - 1}, "
                 "or divprune, which needs no layer"
             )
-
-    def largest_topk(self, visual: int, keep: int) -> int:  # noqa: ARG002 (no TopK over all tokens)
-        """All kept tokens at once."""
-        return limit_topk(keep)
 
     def select(self, build: GraphBuilder, inputs: StageInputs) -> Selection:
         """Scores are the sum of both shares, 0 to 2; the transition of every row, ``[B, S]``, goes on to later stages."""

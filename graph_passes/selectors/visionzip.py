@@ -9,7 +9,7 @@ from onnxscript import GraphBuilder
 
 from sievert.graph_passes.selectors.base import Selection, Selector, StageInputs, VisionTap
 from sievert.graph_passes.selectors.options import choice
-from sievert.graph_passes.selectors.rank import limit_topk, take_best
+from sievert.graph_passes.selectors.rank import take_best
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,6 @@ class VisionZip(Selector):
     def vision_tap(self) -> VisionTap:
         """The encoder's second-last layer."""
         return VisionTap("second_last", self.queries)
-
-    def largest_topk(self, visual: int, keep: int) -> int:  # noqa: ARG002 (no TopK over all tokens)
-        """All kept tokens at once."""
-        return limit_topk(keep)
 
     def select(self, build: GraphBuilder, inputs: StageInputs) -> Selection:
         """Scores are the encoder's, the order is theirs."""

@@ -46,7 +46,7 @@ def _text_only(folder: Path) -> None:
 
 
 def _other_family(folder: Path) -> None:
-    config = {"architectures": ["Qwen2VLForConditionalGeneration"], "model_type": "qwen2_vl", "vision_config": {}}
+    config = {"architectures": ["MllamaForConditionalGeneration"], "model_type": "mllama", "vision_config": {}}
     (folder / "config.json").write_text(json.dumps(config))
 
 
@@ -59,7 +59,7 @@ def _remote_code(folder: Path) -> None:
     [
         (_empty, "no config.json"),
         (_text_only, ("LlamaForCausalLM", "no vision tower", "LlavaForConditionalGeneration (towers: clip")),
-        (_other_family, ("Qwen2VLForConditionalGeneration", "LlavaForConditionalGeneration")),
+        (_other_family, ("MllamaForConditionalGeneration", "LlavaForConditionalGeneration")),
         (_remote_code, ("auto_map", "never")),
     ],
 )

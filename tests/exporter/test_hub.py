@@ -58,8 +58,8 @@ def test_a_hub_id_becomes_a_plain_folder_of_safe_files(hub: Hub, tmp_path: Path)
 
 def test_an_unsupported_model_costs_no_weights(hub: Hub, tmp_path: Path):
     config = hub.folder / "config.json"
-    config.write_text(config.read_text().replace("LlavaForConditionalGeneration", "LlavaNextForConditionalGeneration"))
-    with pytest.raises(UnsupportedModelError, match="owner/name is LlavaNext"):
+    config.write_text(config.read_text().replace("LlavaForConditionalGeneration", "MllamaForConditionalGeneration"))
+    with pytest.raises(UnsupportedModelError, match="owner/name is Mllama"):
         examine_checkpoint("owner/name", downloads=tmp_path / "downloads")
     assert len(hub.served) == 1
 
