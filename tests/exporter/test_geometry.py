@@ -38,6 +38,8 @@ def test_every_number(tmp_path: Path):
         "layout": {},
         "vision_layers": 3,
         "class_tokens": 0,
+        "position_axes": 1,
+        "visual_planes": 0,
     }
 
 
