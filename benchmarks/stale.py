@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.accuracy import MEASURED
 from benchmarks.agreement import MEASURED as AGREEMENT
 from benchmarks.families import MEASURED as FAMILIES
+from benchmarks.memory import MEASURED as MEMORY
 from benchmarks.sequential import MEASURED as SEQUENTIAL
 from benchmarks.stamp import ROOT, hash_code
 
@@ -18,6 +19,7 @@ TABLES = {
     "docs/accuracy.md": (MEASURED, "make accuracy"),
     "docs/agreement.md": (AGREEMENT, "make agreement"),
     "docs/families.md": (FAMILIES, "make families"),
+    "docs/memory.md": (MEMORY, "make memory"),
     "docs/sequential.md": (SEQUENTIAL, "make sequential"),
 }
 

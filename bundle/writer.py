@@ -45,8 +45,10 @@ class FolderWriter:
             write_new(path, data)
             return self._place(path, stem, suffix, FileEntry(bytes=len(data), sha256=sha256_bytes(data)))
 
-    def add_file(self, source: Path, stem: str, suffix: str) -> str:
+    def add_file(self, source: Path, stem: str, suffix: str, *, sha256: str = "") -> str:
         """Take ``source`` as ``stem.<hash><suffix>``; returns that name. A file from :meth:`temporary` is moved, any other copied.
+
+        Whoever has hashed what it wrote gives ``sha256``, which spares reading a large file again.
 
         Raises:
             BundleError: the folder cannot be written.
@@ -59,7 +61,7 @@ class FolderWriter:
             else:
                 path = self.temporary(suffix)
                 copy_new(source, path)
-            return self._place(path, stem, suffix, FileEntry(bytes=plain_status(path).st_size, sha256=sha256_file(path)))
+            return self._place(path, stem, suffix, FileEntry(bytes=plain_status(path).st_size, sha256=sha256 or sha256_file(path)))
 
     def discard(self) -> None:
         """Remove everything that was added and was not there before."""

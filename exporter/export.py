@@ -24,7 +24,7 @@ from sievert.exporter.confirm import confirm_decoder, confirm_interface
 from sievert.exporter.embed import build_embed_tokens
 from sievert.exporter.geometry import image_size as choose_size
 from sievert.exporter.geometry import read_geometry
-from sievert.exporter.load import DType, load_config, load_model, take_sliding_window, torch_dtype
+from sievert.exporter.load import DType, load_config, load_to_trace, take_sliding_window, torch_dtype
 from sievert.exporter.modules import decoder, vision_encoder
 from sievert.exporter.names import BATCH, DECODER, EMBED_TOKENS, PRODUCER, SEQUENCE, VISION_ENCODER, decoder_outputs
 from sievert.exporter.passes import Float32Islands, Float32Output, HeadInCheckpointLayout, KeepScopes, NameInterface, RaiseOpset
@@ -45,10 +45,10 @@ DOWNLOADS = Path("~/.cache/sievert/checkpoints")
 class Exported:
     """A model as dynamic graphs in memory.
 
-    ``graphs`` are ``vision_encoder``, ``embed_tokens`` and ``decoder``; their large initializers are ``weights``, by name, and refer
-    to the loaded parameters. ``parameters`` are the names of all parameters of the checkpoint. ``files`` lie in ``folder`` and belong
-    into a bundle: configuration, generation configuration, tokenizer, processor, chat template. ``processor`` is the class to load the
-    last with, if not the one they name.
+    ``graphs`` are ``vision_encoder``, ``embed_tokens`` and ``decoder``; their large initializers are ``weights``, by name, and read the
+    checkpoint's files, which must stay, when they are asked for bytes. ``parameters`` are the names of all parameters of the checkpoint.
+    ``files`` lie in ``folder`` and belong into a bundle: configuration, generation configuration, tokenizer, processor, chat template.
+    ``processor`` is the class to load the last with, if not the one they name.
     """
 
     graphs: dict[str, ir.Model]
@@ -115,8 +115,9 @@ def export_model(
     examined = examine_checkpoint(model, image_size=image_size, downloads=downloads)
     checkpoint, config, geometry = examined.checkpoint, examined.config, examined.geometry
     logger.info("loading %s as %s", checkpoint.given, dtype)
-    loaded = load_model(checkpoint, config, precision)
-    graphs, binder = {}, WeightBinder(loaded.state_dict())
+    to_trace = load_to_trace(checkpoint, config, precision)
+    loaded = to_trace.model
+    graphs, binder = {}, WeightBinder(loaded.state_dict(), to_trace.values)
     builders: dict[str, Callable[[], ir.Model]] = {
         VISION_ENCODER: partial(_vision_encoder, loaded, examined, precision),
         EMBED_TOKENS: partial(_embed_tokens, loaded),
@@ -125,7 +126,6 @@ def export_model(
     for name, build in builders.items():
         logger.info("building %s", name)
         graphs[name] = build()
-        # At once: until then the graph holds transposed copies of its weights.
         binder.bind(name, graphs[name])
         confirm_interface(name, graphs[name], geometry)
     source = Source(

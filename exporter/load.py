@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -14,6 +16,7 @@ from sievert.bundle.errors import CheckpointError, InputError, UnsupportedModelE
 from sievert.exporter.architectures import supported
 from sievert.exporter.checkpoint import Checkpoint
 from sievert.exporter.quiet import logger, quiet
+from sievert.exporter.stored import all_finite, make_blanks, open_stored
 
 DType = Literal["float32", "float16", "bfloat16"]
 
@@ -71,18 +74,71 @@ def take_sliding_window(config: PreTrainedConfig) -> int | None:
     return window
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """A model to trace. Where a parameter is a blank (see :mod:`~sievert.exporter.stored`), ``values`` holds what the checkpoint has in its
+    place, by the blank's address; it is of another dtype and still in its file.
+    """
+
+    model: PreTrainedModel
+    values: Mapping[int, torch.Tensor]
+
+
+def load_to_trace(checkpoint: Checkpoint, config: PreTrainedConfig, dtype: torch.dtype) -> Loaded:
+    """The model on the CPU in evaluation mode, every parameter from the checkpoint, none of the decoder's matrices in memory.
+
+    Parameters that are stored in ``dtype`` are mapped from the files. Of the others, the decoder's matrices are blanks; the vision part
+    is converted: constants are computed from it.
+
+    Raises:
+        CheckpointError: weights missing, of another shape, unreadable, or not finite as ``dtype``.
+    """
+    try:
+        stored = open_stored(checkpoint.folder, given=checkpoint.given)
+    except _UNREADABLE as error:
+        raise _unreadable(checkpoint, error) from error
+    blanks = make_blanks(stored, dtype)
+    if not blanks:
+        return Loaded(load_model(checkpoint, config, dtype), {})
+    model, unexpected = _load(checkpoint, config, dtype, stored | blanks)
+    _tell_unexpected(checkpoint, unexpected)
+    # A key may be renamed on its way into the model, or converted into other parameters: only what has arrived as it was stays blank.
+    arrived = {parameter.data_ptr() for parameter in _decoder_parameters(model)}
+    kept = {key: blank for key, blank in blanks.items() if blank.data_ptr() in arrived}
+    if len(kept) < len(blanks):
+        del model
+        model, _ = _load(checkpoint, config, dtype, stored | kept)
+    values = {blank.data_ptr(): stored[key] for key, blank in kept.items()}
+    _check_finite(checkpoint, model, dtype, values)
+    return Loaded(model, values)
+
+
 def load_model(checkpoint: Checkpoint, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The model on the CPU in evaluation mode, every parameter from the checkpoint.
 
     Raises:
         CheckpointError: weights missing, of another shape, unreadable, or not finite.
     """
+    model, unexpected = _load(checkpoint, config, dtype, None)
+    _tell_unexpected(checkpoint, unexpected)
+    _check_finite(checkpoint, model, dtype, {})
+    return model
+
+
+def _load(
+    checkpoint: Checkpoint, config: PreTrainedConfig, dtype: torch.dtype, tensors: dict[str, torch.Tensor] | None
+) -> tuple[PreTrainedModel, list[str]]:
+    """By transformers, which knows how keys of older checkpoints are called now; ``tensors`` stand for those of the files.
+
+    Also returns the keys that the model has no place for.
+    """
     model_class: Any = getattr(transformers, checkpoint.architecture.model_class)
     try:
         with quiet("loading the weights"):
             model, info = model_class.from_pretrained(
-                checkpoint.folder,
+                checkpoint.folder if tensors is None else None,
                 config=config,
+                state_dict=tensors,
                 dtype=dtype,
                 attn_implementation="sdpa",
                 use_safetensors=True,
@@ -90,8 +146,8 @@ def load_model(checkpoint: Checkpoint, config: PreTrainedConfig, dtype: torch.dt
                 local_files_only=True,
                 output_loading_info=True,
             )
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise CheckpointError(f"{checkpoint.given}: its weights cannot be loaded ({error}): download them again") from error
+    except _UNREADABLE as error:
+        raise _unreadable(checkpoint, error) from error
     # transformers fills what it does not find with random numbers and goes on.
     for problem, names in (("lack", info["missing_keys"]), ("have other shapes for", info["mismatched_keys"])):
         if names:
@@ -100,13 +156,34 @@ def load_model(checkpoint: Checkpoint, config: PreTrainedConfig, dtype: torch.dt
                 f"{checkpoint.given}: the weights {problem} {len(names)} of the model's tensors, such as {shown}: "
                 "the files are incomplete or of another model"
             )
-    if info["unexpected_keys"]:
-        logger.warning("%s: the model has no place for %s; left out", checkpoint.given, ", ".join(sorted(info["unexpected_keys"])[:5]))
+    loaded: PreTrainedModel = model.eval()
+    return loaded, sorted(info["unexpected_keys"])
+
+
+def _tell_unexpected(checkpoint: Checkpoint, keys: list[str]) -> None:
+    if keys:
+        logger.warning("%s: the model has no place for %s; left out", checkpoint.given, ", ".join(keys[:5]))
+
+
+_UNREADABLE = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
+
+
+def _unreadable(checkpoint: Checkpoint, error: BaseException) -> CheckpointError:
+    return CheckpointError(f"{checkpoint.given}: its weights cannot be loaded ({error}): download them again")
+
+
+def _decoder_parameters(model: PreTrainedModel) -> Iterator[torch.nn.Parameter]:
+    """Of the decoder, its embedding table and its head."""
+    whole: Any = model
+    for part in (whole.get_decoder(), whole.get_input_embeddings(), whole.get_output_embeddings()):
+        yield from part.parameters()
+
+
+def _check_finite(checkpoint: Checkpoint, model: PreTrainedModel, dtype: torch.dtype, values: Mapping[int, torch.Tensor]) -> None:
     for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
+        content = values.get(parameter.data_ptr(), parameter.detach())
+        if not all_finite(content, parameter.dtype):
             raise CheckpointError(
                 f"{checkpoint.given}: {name} holds numbers that are not finite in {str(dtype).removeprefix('torch.')}: "
                 "the file is damaged, or the weights need float32 or bfloat16"
             )
-    loaded: PreTrainedModel = model.eval()
-    return loaded

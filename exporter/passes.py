@@ -6,7 +6,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
@@ -122,7 +121,7 @@ class HeadInCheckpointLayout(InPlacePass):
             return PassResult(model, False)
         if weight.const_value is None or len(weight.const_value.shape) != 2 or len(weight.uses()) != 1:
             raise GraphError(f"the head's weight {weight.name} is not a matrix of its own")
-        turned = np.ascontiguousarray(weight.const_value.numpy().T)
+        turned = weight.const_value.numpy().T  # a view: it tells whose parameter it is, see WeightBinder
         layout = ir.val(
             f"{weight.name}.layout", weight.const_value.dtype, turned.shape, const_value=ir.Tensor(turned, dtype=weight.const_value.dtype)
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ from sievert.bundle.processor import FILES, KEY
 from sievert.bundle.specs import describe_values
 from sievert.bundle.store import Bundle, NewBundle
 from sievert.exporter.export import Exported
-from sievert.exporter.weights import Weight, static_shape
+from sievert.exporter.weights import Weight, static_shape, tensor_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -69,26 +70,31 @@ def serialize(model: ir.Model, weights: Mapping[str, WeightEntry], weights_file:
 
 
 def _write_weights(new: NewBundle, weights: tuple[Weight, ...]) -> tuple[str, dict[str, WeightEntry]]:
-    """One tensor in memory at a time; equal bytes of different shapes stand once."""
+    """One tensor in memory at a time, hashed on its way; equal bytes, whatever their shape, stand once."""
     entries: dict[str, WeightEntry] = {}
     offsets: dict[str, int] = {}
-    path = new.temporary(".data")
+    path, whole, end = new.temporary(".data"), hashlib.sha256(), 0
     with path.open("xb") as file:
         for weight in weights:
-            if weight.sha256 not in offsets:
-                file.write(bytes(-file.tell() % ALIGNMENT))
-                offsets[weight.sha256] = file.tell()
-                file.write(weight.tensor.tobytes())
+            data = tensor_bytes(weight.tensor)
+            sha256 = hashlib.sha256(data).hexdigest()
+            if sha256 not in offsets:
+                for part in (bytes(-end % ALIGNMENT), data):
+                    file.write(part)
+                    whole.update(part)
+                    end += len(part)
+                offsets[sha256] = end - len(data)
             entries[weight.name] = WeightEntry(
                 name=weight.name,
                 dtype=np.dtype(weight.tensor.dtype.numpy()).name,
                 shape=static_shape(weight.tensor),
-                offset=offsets[weight.sha256],
-                nbytes=weight.tensor.nbytes,
-                sha256=weight.sha256,
+                offset=offsets[sha256],
+                nbytes=data.nbytes,
+                sha256=sha256,
             )
-    logger.info("%d tensors in %d bytes of weights", len(offsets), path.stat().st_size)
-    return new.add_file(path, "weights", ".data"), entries
+            del data  # before the next is made
+    logger.info("%d tensors in %d bytes of weights", len(offsets), end)
+    return new.add_file(path, "weights", ".data", sha256=whole.hexdigest()), entries
 
 
 def _copy(source: Path, target: Path, *, processor: str) -> None:

@@ -32,10 +32,15 @@ _ERRORS_ONLY: Final = 3
 
 @dataclass(frozen=True)
 class OnnxRuntime:
-    """ONNX Runtime with one execution provider. ``threads``: 0 lets it take one per physical core."""
+    """ONNX Runtime with one execution provider. ``threads``: 0 lets it take one per physical core.
+
+    ``prepack``: on the CPU every session keeps its own copy of the weights in the order its kernels like. Without it all sessions read the
+    one mapped file, which is slower and takes the memory of one model (docs/memory.md).
+    """
 
     provider: Provider = "CPUExecutionProvider"
     threads: int = 0
+    prepack: bool = True
 
     @property
     def name(self) -> str:
@@ -101,6 +106,8 @@ class OnnxRuntime:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.log_severity_level = _ERRORS_ONLY
+        if not self.prepack:
+            options.add_session_config_entry("session.disable_prepacking", "1")
         if model.content is not None:
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(model.path.parent))
         return options

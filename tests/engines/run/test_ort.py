@@ -4,7 +4,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from onnx import parser
+from onnx import numpy_helper, parser
 
 from sievert.bundle.errors import EngineError, EngineUnavailableError, IntegrityError, ProfileError
 from sievert.bundle.specs import TensorSpec
@@ -164,3 +164,21 @@ def test_cuda_never_falls_back_in_silence(tmp_path, monkeypatch):
     monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *args, **options: session)
     with pytest.raises(EngineUnavailableError, match=r"could not start CUDAExecutionProvider and offers \['CPUExecutionProvider'\]"):
         cuda.load(ModelFile(tmp_path / "graph.onnx", ""))
+
+
+def test_sessions_without_packed_weights_compute_the_same(tmp_path: Path):
+    weight = np.random.default_rng(0).standard_normal((96, 64)).astype(np.float32)
+    text = '<ir_version: 11, opset_import: ["" : 24]>\ng (float[3,96] x) => (float[3,64] y) { y = MatMul(x, w) }'
+    model = parser.parse_model(text)
+    model.graph.initializer.append(numpy_helper.from_array(weight, "w"))
+    (tmp_path / "graph.onnx").write_bytes(model.SerializeToString())
+    file, x = ModelFile(tmp_path / "graph.onnx", ""), np.random.default_rng(1).standard_normal((3, 96)).astype(np.float32)
+    for prepack in (True, False):
+        runtime = OnnxRuntime(threads=1, prepack=prepack)
+        np.testing.assert_allclose(runtime.load(file).run({"x": x})["y"], x @ weight, rtol=1e-4, atol=1e-4)
+        entries = runtime._options(file)
+        if prepack:
+            with pytest.raises(RuntimeError, match="disable_prepacking"):
+                entries.get_session_config_entry("session.disable_prepacking")
+        else:
+            assert entries.get_session_config_entry("session.disable_prepacking") == "1"
