@@ -8,7 +8,8 @@ After::
 
     Attention(q, k, v, mask, scale = s * s)
 
-The spelling is matched loosely; that it *is* attention, with this scale and mask and nothing else, is shown by running it on random numbers.
+The spelling is matched loosely; that it *is* attention, with this scale and mask
+and nothing else, is shown by running it on random numbers.
 """
 
 from __future__ import annotations

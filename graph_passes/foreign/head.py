@@ -1,4 +1,4 @@
-"""The lm_head as :func:`~sievert.graph_passes.decoder.find_decoder` reads it: its weight stands as ``[V, D]``, so that a tied one is the table.
+"""The lm_head as ``find_decoder`` reads it: its weight stands as ``[V, D]``, so that a tied one is the embedding table.
 
 Before::
 
@@ -39,7 +39,8 @@ def turn_head(model: ir.Model) -> Mismatch | bool:
         return Mismatch("the lm_head's weight is no matrix of its own", at(node))
     tensor = weight.const_value
     name = f"{weight.name}.T"
-    shape = ir.Shape([tensor.shape[1], tensor.shape[0]])
+    rows, columns = (size for size in tensor.shape if isinstance(size, int))
+    shape = ir.Shape([columns, rows])
 
     def evaluate() -> ir.TensorProtocol:
         return ir.Tensor(np.ascontiguousarray(tensor.numpy().T), dtype=tensor.dtype, name=name)

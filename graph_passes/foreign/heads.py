@@ -6,7 +6,8 @@ Before::
 
 After::
 
-    x -> Reshape, Transpose [B, H, S, d] -> RotaryEmbedding -> Attention(q, k, v, mask) -> Transpose, Reshape -> y[B, S, H*d]; present = k, v
+    x -> Reshape, Transpose [B, H, S, d] -> RotaryEmbedding -> Attention(q, k, v, mask) -> Transpose, Reshape -> y[B, S, H*d]
+                                                                                           k, v -> present
 """
 
 from __future__ import annotations

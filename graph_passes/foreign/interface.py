@@ -166,7 +166,7 @@ def _split_embedding(model: ir.Model, ids: ir.Value, stream: ir.Value) -> ir.Mod
     width = None if stream.shape is None else stream.shape[-1]
     if table is None or others or stream.dtype is None or not isinstance(width, int):
         return Mismatch(f"{ids.name!r} is not looked up once in an embedding table", at(others[0] if others else None))
-    embedding = _build_embedding(model, ids, stream)
+    embedding = _build_embedding(model, ids, stream, width)
     embeds = ir.val("inputs_embeds", stream.dtype, ("batch", "sequence", width))
     ir.convenience.replace_all_uses_with(stream, embeds)
     RemoveUnusedNodesPass()(model)
@@ -180,10 +180,9 @@ def _split_embedding(model: ir.Model, ids: ir.Value, stream: ir.Value) -> ir.Mod
     return embedding
 
 
-def _build_embedding(model: ir.Model, ids: ir.Value, stream: ir.Value) -> ir.Model:
+def _build_embedding(model: ir.Model, ids: ir.Value, stream: ir.Value, width: int) -> ir.Model:
     """``input_ids``, ``image_features``, ``visual_index`` to ``inputs_embeds``: text embedded, features in the rows of the images."""
-    assert stream.shape is not None and stream.dtype is not None  # noqa: S101 - its caller has looked
-    width, dtype = stream.shape[-1], stream.dtype
+    dtype = stream.dtype
     graph = ir.Graph([], [], nodes=[], opset_imports={"": 24}, name="embed_tokens")
     build = GraphBuilder(graph)
     op = build.op
@@ -196,7 +195,7 @@ def _build_embedding(model: ir.Model, ids: ir.Value, stream: ir.Value) -> ir.Mod
     samples = op.Expand(op.Unsqueeze(op.Range(0, batch, 1), [1]), op.Shape(visual_index))  # [B, Nv]
     places = op.Concat(op.Unsqueeze(samples, [2]), op.Unsqueeze(visual_index, [2]), axis=2)  # [B, Nv, 2]
     merged = op.ScatterND(text, places, features)
-    merged.type, merged.shape = ir.TensorType(dtype), ir.Shape(("batch", "sequence", width))
+    merged.type, merged.shape = stream.type, ir.Shape(("batch", "sequence", width))
     build.add_output(merged, "inputs_embeds")
     return ir.Model(graph, ir_version=11, producer_name="sievert")
 
