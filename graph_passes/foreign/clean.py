@@ -8,6 +8,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 from onnxscript.rewriter import onnx_fusions
 
+from sievert.graph_passes.foreign.fuse_rotary import fuse_rotary
 from sievert.graph_passes.foreign.match import Mismatch, at
 
 OLDEST: Final = 18
@@ -41,8 +42,9 @@ def clean(model: ir.Model) -> Mismatch | list[str]:
     common.IdentityEliminationPass()(model)
     common.ShapeInferencePass()(model)
     _spell_sizes(model.graph)
-    fused = {name: count for name, count in onnx_fusions.fuse(model).items() if count}
-    done += [f"{count} {name} put together" for name, count in fused.items()]
+    fused = onnx_fusions.fuse(model)
+    fused["RotaryEmbedding"] = fused.get("RotaryEmbedding", 0) + fuse_rotary(model)
+    done += [f"{count} {name} put together" for name, count in fused.items() if count]
     common.CommonSubexpressionEliminationPass()(model)
     common.RemoveUnusedNodesPass()(model)
     _set_version(model, OPSET)

@@ -131,7 +131,7 @@ def _split_mask(add: ir.Node) -> tuple[ir.Value | None, ir.Value | None]:
 
 
 def _is_product(value: ir.Value | None) -> bool:
-    while (node := producer(value, "Mul", "Div", "Cast", "MatMul")) is not None:
+    while (node := producer(value, "Mul", "Div", "Cast", "Tanh", "MatMul")) is not None:
         if node.op_type == "MatMul":
             return True
         value = node.inputs[0]
