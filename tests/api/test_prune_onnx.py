@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import pytest
@@ -33,7 +34,7 @@ CUTS = {
     selector: [package.Cut(keep=keep, layer=layer, selector=selector) for layer, keep in ((1, "9"), (2, "4"))]
     for selector in ("iwp", "fastv")
 }
-SIZES = {"visual_tokens": 16, "max_text": 8, "max_new_tokens": 6, "batch": 2}
+SIZES: dict[str, Any] = {"visual_tokens": 16, "max_text": 8, "max_new_tokens": 6, "batch": 2}
 CHOICES = ("--visual-tokens", 16, "--max-text", 8, "--max-new-tokens", 4)
 
 

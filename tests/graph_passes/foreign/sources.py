@@ -156,7 +156,7 @@ class Compact:
         self.ids = self.build.input("input_ids", ir.DataType.INT64, ["batch", "sequence"])
         mask = self.build.input("attention_mask", ir.DataType.INT64, ["batch", "total"])
         self.positions = self.build.input("position_ids", ir.DataType.INT64, ["batch", "sequence"])
-        shape = ["batch", sizes.kv_heads, "past", sizes.head_size]
+        shape: list[int | str | None] = ["batch", sizes.kv_heads, "past", sizes.head_size]
         self.past = [
             [self.build.input(f"past_key_values.{i}.{part}", ir.DataType.FLOAT, shape) for part in ("key", "value")]
             for i in range(sizes.layers)
@@ -177,20 +177,20 @@ class Compact:
         tensor = ir.tensor(np.ascontiguousarray(array.T if turned else array))
         return self.build.initializer(tensor, name=name + ("_t" if turned else ""))
 
-    def project(self, value: ir.Value, name: str) -> ir.Value:
+    def project(self, value: ir.Value, name: str) -> Any:
         product = self.op.MatMul(value, self.weight(f"{name}.weight"))
         return self.op.Add(product, self.weight(f"{name}.bias", turned=False)) if f"{name}.bias" in self.state else product
 
-    def norm(self, value: ir.Value, name: str) -> ir.Value:
+    def norm(self, value: ir.Value, name: str) -> Any:
         return self.op.RMSNormalization(value, self.weight(f"{name}.weight", turned=False), axis=-1, epsilon=self.sizes.epsilon)
 
-    def rotate(self, value: ir.Value, heads: int, norm: str) -> ir.Value:
+    def rotate(self, value: ir.Value, heads: int, norm: str) -> Any:
         if f"{norm}.weight" in self.state:
             split = self.op.Reshape(value, [0, 0, -1, self.sizes.head_size])
             value = self.op.Reshape(self.norm(split, norm), [0, 0, -1])
         return self.op.RotaryEmbedding(value, *self.tables, num_heads=heads, interleaved=0, rotary_embedding_dim=0)
 
-    def layer(self, stream: ir.Value, index: int) -> ir.Value:
+    def layer(self, stream: ir.Value, index: int) -> Any:
         s, op, at = self.sizes, self.op, f"model.layers.{index}"
         normed = self.norm(stream, f"{at}.input_layernorm")
         q, k, v = (self.project(normed, f"{at}.self_attn.{name}_proj") for name in "qkv")

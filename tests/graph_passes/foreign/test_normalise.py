@@ -53,7 +53,7 @@ class Spelled(Compact):
         repeated: ir.Value = op.Reshape(op.Expand(op.Unsqueeze(value, [2]), wide), flat)
         return repeated
 
-    def layer(self, stream: ir.Value, index: int) -> ir.Value:
+    def layer(self, stream: ir.Value, index: int) -> Any:
         s, op, at = self.sizes, self.op, f"model.layers.{index}"
         normed = self.norm(stream, f"{at}.input_layernorm")
         q, k, v = (
