@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from sievert.plan_file import write_plan
     from sievert.planning import Cut
     from sievert.pruning import prune
+    from sievert.pruning_onnx import prune_onnx
     from sievert.ranging import ranges
     from sievert.running import run
 
@@ -84,6 +85,7 @@ __all__ = [
     "list_selectors",
     "load_collection",
     "prune",
+    "prune_onnx",
     "ranges",
     "run",
     "write_plan",
@@ -105,6 +107,7 @@ _HOMES = {
     "list_selectors": "listing",
     "load_collection": "collecting",
     "prune": "pruning",
+    "prune_onnx": "pruning_onnx",
     "ranges": "ranging",
     "run": "running",
     "write_plan": "plan_file",

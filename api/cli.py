@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from sievert import SievertError, cli_ask, cli_calibrate, cli_compare, cli_look, cli_make
+from sievert import SievertError, cli_ask, cli_calibrate, cli_compare, cli_look, cli_make, cli_onnx
 from sievert import arguments as a
 from sievert.console import Screen, configure_output
 
@@ -118,6 +118,13 @@ app.command(
         "prune my-bundle --plan plan.yaml",
     )
 )(cli_make.prune)
+app.command(
+    "prune-onnx",
+    epilog=examples(
+        "prune-onnx model.onnx --out pruned --visual-tokens 576 --keep 22% --check",
+        "prune-onnx model.onnx --out pruned --visual-tokens 576 --layer 2 --keep 50% --layer 8 --keep 20% --selector fastv",
+    ),
+)(cli_onnx.prune_onnx)
 app.command(
     epilog=examples("build my-bundle --engine tensorrt-rtx", "build my-bundle --variant iwp-22 --engine tensorrt-rtx --capability SM89")
 )(cli_make.build)

@@ -45,7 +45,7 @@ def export(
 
     if no_prune and (layer or keep or selector or option or plan or name):
         raise PlanError("--no-prune was given together with what to drop: leave out one or the other")
-    cuts = () if no_prune else _cuts(plan, layer, keep, selector, option, positions)
+    cuts = () if no_prune else read_cuts(plan, layer, keep, selector, option, positions)
     screen = Screen()
     with screen.progress() as progress:
         made = export_bundle(
@@ -95,7 +95,7 @@ def prune(
     from sievert import tables
     from sievert.pruning import prune as add_variant
 
-    cuts = _cuts(plan, layer, keep, selector, option, positions)
+    cuts = read_cuts(plan, layer, keep, selector, option, positions)
     screen = Screen()
     with screen.progress() as progress:
         made = add_variant(
@@ -137,7 +137,7 @@ def build(
     screen.next(f"check {_shown(bundle)}", f"inspect {_shown(bundle)}")
 
 
-def _cuts(
+def read_cuts(
     plan: str,
     layers: list[int] | None,
     keeps: list[str] | None,
@@ -145,7 +145,11 @@ def _cuts(
     options: list[str] | None,
     positions: a.PositionName | None,
 ) -> tuple[Cut, ...]:
-    """The cuts of the options; with a plan there may be none of these."""
+    """The cuts of the options; with a plan there may be none of these.
+
+    Raises:
+        PlanError: both were given, or options that do not belong together.
+    """
     from sievert.bundle.errors import PlanError
     from sievert.planning import pair_cuts
 

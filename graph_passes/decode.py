@@ -22,19 +22,26 @@ from sievert.graph_passes.instance import Instance
 from sievert.graph_passes.prefill import add_cache_inputs, add_named_output, emit_logits, enter_decoder
 
 
-def build_decode(decoder: Decoder, embed_tokens: ir.Model, profile: Profile, plan: Plan) -> ir.Model:
-    """The static decode graph of the contract (DESIGN.md). Each stage's own row, mask and position are computed in the graph."""
+def build_decode(decoder: Decoder, embed_tokens: ir.Model | None, profile: Profile, plan: Plan) -> ir.Model:
+    """The static decode graph of the contract (DESIGN.md). Each stage's own row, mask and position are computed in the graph.
+
+    Without ``embed_tokens`` it takes ``inputs_embeds[B, 1, D]`` in the place of ids.
+    """
     graph = ir.Graph([], [], nodes=[], opset_imports={"": 24}, name="decode")
     build = GraphBuilder(graph)
     op = build.op
     batch = profile.decode_batch
-    input_ids = build.input("input_ids", ir.DataType.INT64, [batch, 1])
+    embeds_or_ids = (
+        build.input("inputs_embeds", decoder.dtype, [batch, 1, decoder.width])
+        if embed_tokens is None
+        else build.input("input_ids", ir.DataType.INT64, [batch, 1])
+    )
     position_ids = build.input("position_ids", ir.DataType.INT64, decoder.position_shape(batch, 1))
     cache_row = build.input("cache_row", ir.DataType.INT64, [batch])
     dropped = [plan.dropped_at(index, profile.visual_tokens) for index in range(decoder.depth)]
     caches = [add_cache_inputs(build, decoder, index, batch, profile.capacity(dropped[index])) for index in range(decoder.depth)]
     weights: dict[str, ir.Value] = {}
-    stream = _embed(build, embed_tokens, input_ids, weights)
+    stream = embeds_or_ids if embed_tokens is None else _embed(build, embed_tokens, embeds_or_ids, weights)
     presents: list[tuple[str, ir.Value]] = []
     segment, row, mask = None, cache_row, cache_row
     for layer in decoder.layers:

@@ -19,7 +19,21 @@ from sievert.parity.verdict import Verdict
 from tests.api.conftest import Outcome, sievert
 from tests.tiny_llava import make_tiny_llava
 
-COMMANDS = ("export", "prune", "build", "check", "run", "eval", "compare-selectors", "collect", "ranges", "inspect", "list", "doctor")
+COMMANDS = (
+    "export",
+    "prune",
+    "prune-onnx",
+    "build",
+    "check",
+    "run",
+    "eval",
+    "compare-selectors",
+    "collect",
+    "ranges",
+    "inspect",
+    "list",
+    "doctor",
+)
 ASK = "which digit is red ?"
 
 

@@ -1,0 +1,1 @@
+../../api/pruning_onnx.py

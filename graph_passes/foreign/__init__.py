@@ -1,0 +1,1 @@
+"""Decoders that other tools exported, brought into the form :func:`~sievert.graph_passes.decoder.find_decoder` reads."""
