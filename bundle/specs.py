@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -50,7 +50,9 @@ class Geometry(Record):
     their patch grid (rows, columns), None where they are not one grid: tiles, or line breaks between them. ``vision_layers`` is the
     depth of a vision encoder whose attention can be read, 0 of others; ``class_tokens`` stand before its patches.
     ``position_axes`` is how many numbers a token's position has: 1, or 3 (time, height, width) where rotary embedding takes three.
-    ``visual_planes`` is how many of the first layers add features of the pictures to their output (DeepStack).
+    ``visual_planes`` is how many of the first layers add features of the pictures to their output (DeepStack). ``two_way`` tells the tokens
+    of a prompt that see one another in both directions: none, those of the same image, or all of the prompt. ``first_position`` is the
+    position of row 0.
     """
 
     depth: int
@@ -75,6 +77,8 @@ class Geometry(Record):
     class_tokens: int = 0
     position_axes: int = 1
     visual_planes: int = 0
+    two_way: Literal["none", "images", "prompt"] = "none"
+    first_position: int = 0
 
     @property
     def picture_shape(self) -> tuple[int, ...]:

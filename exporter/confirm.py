@@ -49,6 +49,8 @@ def confirm_interface(name: str, model: ir.Model, geometry: Geometry) -> None:
         EMBED_TOKENS: {"input_ids": text, "image_features": images, "visual_index": (BATCH, VISUAL), "inputs_embeds": hidden},
         DECODER: {"inputs_embeds": hidden, "attention_mask": text, "position_ids": positions, "logits": (BATCH, SEQUENCE, g.vocabulary)},
     }
+    if name == DECODER and g.two_way != "none":
+        expected[name]["two_way"] = text
     if name == DECODER:
         expected[name] |= {f"present.{layer}.{part}": cache for layer in range(g.depth) for part in ("key", "value")}
     found = {str(value.name): _shape(value) for value in (*model.graph.inputs, *model.graph.outputs)}

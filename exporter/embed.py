@@ -9,11 +9,12 @@ from sievert.exporter.names import BATCH, EMBED_TOKENS, OPSET, PRODUCER, SEQUENC
 from sievert.exporter.weights import static_shape
 
 
-def build_embed_tokens(embedding: ir.TensorProtocol, *, name: str) -> ir.Model:
+def build_embed_tokens(embedding: ir.TensorProtocol, *, name: str, scale: float = 1.0) -> ir.Model:
     """``input_ids[B, S]``, ``image_features[B, Nv, D]``, ``visual_index[B, Nv]`` to ``inputs_embeds[B, S, D]``.
 
     Rows of the embedding table ``embedding[V, D]`` (initializer ``name``), then image features over the rows ``visual_index`` of each
-    prompt. The ids of those rows only need to lie inside the table.
+    prompt. The ids of those rows only need to lie inside the table. ``scale`` is what the model multiplies the table's rows by, not the
+    features.
     """
     rows, width = static_shape(embedding)
     dtype = embedding.dtype
@@ -25,6 +26,8 @@ def build_embed_tokens(embedding: ir.TensorProtocol, *, name: str) -> ir.Model:
     table = ir.val(name, dtype, (rows, width), const_value=embedding)
     graph.register_initializer(table)
     embeddings = op.Gather(table, input_ids, axis=0)  # [B, S, D]
+    if scale != 1.0:
+        embeddings = op.Mul(embeddings, op.CastLike(scale, embeddings))
     batch = op.Squeeze(op.Shape(visual_index, start=0, end=1), [0])  # []
     sample = op.Unsqueeze(op.Range(0, batch, 1), [1])  # [B, 1]
     samples = op.Expand(sample, op.Shape(visual_index))  # [B, Nv]

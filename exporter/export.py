@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from sievert.bundle.manifest import Source
 from sievert.bundle.specs import Geometry
+from sievert.exporter.architectures.base import TwoWay
 from sievert.exporter.axes import GatherPositions
 from sievert.exporter.checkpoint import Checkpoint, open_checkpoint
 from sievert.exporter.confirm import confirm_decoder, confirm_interface
@@ -25,7 +26,7 @@ from sievert.exporter.embed import build_embed_tokens
 from sievert.exporter.geometry import image_size as choose_size
 from sievert.exporter.geometry import read_geometry
 from sievert.exporter.load import DType, load_config, load_to_trace, take_sliding_window, torch_dtype
-from sievert.exporter.modules import decoder, vision_encoder
+from sievert.exporter.modules import decoder, embedding_scale, one_attention, two_way_decoder, vision_encoder
 from sievert.exporter.names import BATCH, DECODER, EMBED_TOKENS, PRODUCER, SEQUENCE, VISION_ENCODER, decoder_outputs
 from sievert.exporter.passes import Float32Islands, Float32Output, HeadInCheckpointLayout, KeepScopes, NameInterface, RaiseOpset
 from sievert.exporter.pictures import picture_encoder
@@ -90,7 +91,8 @@ def examine_checkpoint(model: str | Path, *, image_size: tuple[int, int] | None 
     check_decoder(text, checkpoint.architecture, given=checkpoint.given)
     size = choose_size(checkpoint, config, image_size)
     trial = try_processor(checkpoint, config, size)
-    geometry = read_geometry(checkpoint, config, trial, size, window=take_sliding_window(text))
+    window = take_sliding_window(text) if checkpoint.architecture.two_way is None else None
+    geometry = read_geometry(checkpoint, config, trial, size, window=window)
     return Examined(checkpoint, config, geometry, trial.arrays)
 
 
@@ -102,8 +104,9 @@ def export_model(
     Graphs have symbolic ``batch``, ``sequence`` and ``visual``: ``vision_encoder`` pixel_values[B, C, H, W] to the image_features[B, n, D]
     of one image each, or pixel_values[1, *picture] of a single one of ``image_size``; ``embed_tokens`` input_ids[B, S],
     image_features[B, Nv, D] of any number of images, visual_index[B, Nv] to inputs_embeds[B, S, D]; ``decoder`` inputs_embeds,
-    attention_mask[B, S], position_ids[B, S] to logits[B, S, V] (float32) and present.{i}.key/.value[B, G, S, d]. All else is of
-    ``dtype``, ids and masks int64; with 16 bit norms, softmax and rotary tables compute in float32.
+    attention_mask[B, S], position_ids[B, S] to logits[B, S, V] (float32) and present.{i}.key/.value[B, G, S, d]; where the geometry has
+    tokens that see one another both ways, also two_way[B, S], 1 for these. All else is of ``dtype``, ids and masks int64; with 16 bit
+    norms, softmax and rotary tables compute in float32.
 
     Raises:
         CheckpointError: no checkpoint, or one that is incomplete or unsafe to read.
@@ -121,7 +124,7 @@ def export_model(
     builders: dict[str, Callable[[], ir.Model]] = {
         VISION_ENCODER: partial(_vision_encoder, loaded, examined, precision),
         EMBED_TOKENS: partial(_embed_tokens, loaded),
-        DECODER: partial(_decoder, loaded, geometry, precision),
+        DECODER: partial(_decoder, loaded, geometry, precision, checkpoint.architecture.two_way),
     }
     for name, build in builders.items():
         logger.info("building %s", name)
@@ -163,10 +166,10 @@ def _vision_encoder(loaded: PreTrainedModel, examined: Examined, dtype: torch.dt
 
 def _embed_tokens(loaded: PreTrainedModel) -> ir.Model:
     table = loaded.get_input_embeddings().get_parameter("weight")
-    return build_embed_tokens(parameter_tensor(table, "table"), name="table")
+    return build_embed_tokens(parameter_tensor(table, "table"), name="table", scale=embedding_scale(loaded))
 
 
-def _decoder(loaded: PreTrainedModel, geometry: Geometry, dtype: torch.dtype) -> ir.Model:
+def _decoder(loaded: PreTrainedModel, geometry: Geometry, dtype: torch.dtype, two_way: TwoWay | None = None) -> ir.Model:
     batch, length = 2, 7  # any sizes from 2, different from each other; the graph keeps neither
     several = (geometry.position_axes,) if geometry.position_axes > 1 else ()
     axes = {
@@ -179,7 +182,11 @@ def _decoder(loaded: PreTrainedModel, geometry: Geometry, dtype: torch.dtype) ->
         "attention_mask": torch.ones(batch, length, dtype=torch.int64),
         "position_ids": torch.arange(length).expand(*several, batch, length).contiguous(),
     }
-    model = trace(decoder(loaded), inputs, axes, what="the decoder")
+    module = decoder(loaded) if two_way is None else two_way_decoder(loaded, two_way)
+    if two_way is not None:
+        axes["two_way"], inputs["two_way"] = (BATCH, SEQUENCE), torch.zeros(batch, length, dtype=torch.int64)
+    with one_attention(loaded):
+        model = trace(module, inputs, axes, what="the decoder")
     passes: list[InPlacePass] = [
         NameInterface(axes, decoder_outputs(geometry.depth)),
         GatherPositions(),  # before fusing, which knows tables of one axis

@@ -58,6 +58,7 @@ def read_geometry(checkpoint: Checkpoint, config: PreTrainedConfig, trial: Trial
     if architecture.tower is not None:
         grid = _check_tower(checkpoint, config, trial, architecture.tower)
     positions = text.max_position_embeddings if window is None else min(text.max_position_embeddings, window)
+    positions -= architecture.first_position
     if positions <= trial.visual + 1:
         limit = "sliding window" if window == positions else "position table"
         raise UnsupportedModelError(
@@ -72,7 +73,7 @@ def read_geometry(checkpoint: Checkpoint, config: PreTrainedConfig, trial: Trial
         kv_heads=text.num_key_value_heads,
         head_size=head_size,
         vocabulary=text.vocab_size,
-        attention_scale=head_size**-0.5,
+        attention_scale=(getattr(text, "query_pre_attn_scalar", None) or head_size) ** -0.5,
         max_positions=positions,
         image_token_id=int(config.image_token_id),
         pad_token_id=_pad_token(text, trial.processor.tokenizer, eos),
@@ -87,6 +88,8 @@ def read_geometry(checkpoint: Checkpoint, config: PreTrainedConfig, trial: Trial
         vision_layers=0 if architecture.tower is None else vision.num_hidden_layers,
         class_tokens=0 if architecture.tower is None else architecture.towers[vision.model_type],
         position_axes=len((getattr(text, "rope_parameters", None) or {}).get("mrope_section") or [0]),
+        first_position=architecture.first_position,
+        two_way="none" if architecture.two_way is None else architecture.two_way.tokens,
     )
 
 

@@ -74,6 +74,12 @@ def take_sliding_window(config: PreTrainedConfig) -> int | None:
     return window
 
 
+def _attention_of(config: PreTrainedConfig) -> dict[str, str]:
+    """PyTorch's attention operator for every part, but for decoders that have to spell theirs out."""
+    text: Any = transformers.MODEL_MAPPING[type(config.get_text_config())]
+    return {"": "sdpa", "vision_config": "sdpa", "text_config": "sdpa" if text._supports_sdpa else "eager"}
+
+
 @dataclass(frozen=True)
 class Loaded:
     """A model to trace. Where a parameter is a blank (see :mod:`~sievert.exporter.stored`), ``values`` holds what the checkpoint has in its
@@ -140,7 +146,7 @@ def _load(
                 config=config,
                 state_dict=tensors,
                 dtype=dtype,
-                attn_implementation="sdpa",
+                attn_implementation=_attention_of(config),
                 use_safetensors=True,
                 trust_remote_code=False,
                 local_files_only=True,

@@ -1,16 +1,23 @@
-"""The two modules that are traced, put together from parts of the loaded model; parameters are shared, never copied."""
+"""The modules that are traced, put together from parts of the loaded model; parameters are shared, never copied."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Final
 
 import torch
 import transformers
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from sievert.exporter.architectures.base import Tower
+from sievert.bundle.errors import UnsupportedModelError
+from sievert.exporter.architectures.base import Tower, TwoWay
+
+_ATTENTION: Final = "sievert_attention"
 
 
 class VisionEncoder(nn.Module):
@@ -74,3 +81,99 @@ def decoder(model: PreTrainedModel) -> nn.Module:
     causal.model, causal.lm_head = body, head
     module: PreTrainedModel = causal.eval()
     return module
+
+
+class TwoWayDecoder(nn.Module):
+    """The whole model but its vision part, where that alone knows which tokens see one another both ways: embeddings to logits and caches.
+
+    The masks are the model's own, its caches keep every row whatever the window of their layer.
+    """
+
+    def __init__(self, model: PreTrainedModel, two_way: TwoWay) -> None:
+        super().__init__()
+        self.whole = _without_vision(model)
+        self._types = (two_way.token_type, two_way.other)
+
+    def forward(
+        self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor, two_way: torch.Tensor
+    ) -> dict[str, Any]:
+        """``two_way[B, S]`` is 1 for tokens of that kind, else 0. Return ``{"logits": [B, S, V], "past_key_values": cache}``."""
+        outputs = self.whole(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            token_type_ids=torch.where(two_way > 0, *self._types),
+            past_key_values=DynamicCache(),
+            use_cache=True,
+        )
+        return {"logits": outputs.logits, "past_key_values": outputs.past_key_values}
+
+
+def two_way_decoder(model: PreTrainedModel, two_way: TwoWay) -> TwoWayDecoder:
+    """The model's decoder with its head, and the masks that the model makes for it."""
+    config = model.config.get_text_config()
+    config.use_cache, config.output_attentions, config.output_hidden_states = True, False, False
+    return TwoWayDecoder(model, two_way).eval()
+
+
+def embedding_scale(model: PreTrainedModel) -> float:
+    """What the model multiplies the rows of its embedding table by.
+
+    Raises:
+        UnsupportedModelError: it does something else with them.
+    """
+    embed: Any = model.get_input_embeddings()
+    scale = torch.as_tensor(getattr(embed, "embed_scale", 1.0)).to(embed.weight.dtype)
+    # With a table of its own: the checkpoint's may be a blank.
+    table = torch.linspace(1, 2, len(embed.weight), dtype=embed.weight.dtype)[:, None].expand(embed.weight.shape)
+    some = torch.arange(min(8, len(table)))
+    with torch.no_grad():
+        if not torch.equal(torch.func.functional_call(embed, {"weight": table}, (some,)), table[some] * scale):
+            raise UnsupportedModelError(f"{type(embed).__name__} gives other rows than those of its table times {float(scale):g}")
+    return float(scale)
+
+
+@contextmanager
+def one_attention(model: PreTrainedModel) -> Iterator[None]:
+    """For the length of a trace, a decoder that spells its attention out (because it caps its scores) goes through one operator."""
+    config = model.config.get_text_config()
+    before = config._attn_implementation
+    if before != "eager":
+        yield
+        return
+    ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, _attend)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(_ATTENTION, sdpa_mask)
+    try:
+        config._attn_implementation_internal = _ATTENTION  # not by the property, which would set the parts' too
+        yield
+    finally:
+        config._attn_implementation_internal = before
+        for registry in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
+            registry._global_mapping.pop(_ATTENTION)
+
+
+def _attend(
+    _module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of q ``[B, H, S, d]`` to k, v ``[B, G, T, d]`` as ONNX defines it: ``[B, S, H, d]``."""
+    output, *_rest = torch.onnx.ops.attention(query, key, value, attention_mask, scale=scaling, softcap=softcap or 0.0)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _without_vision(model: PreTrainedModel) -> PreTrainedModel:
+    """A second handle on the model that shares its decoder and head, without what the tracer would carry along for nothing."""
+    whole: Any = copy.copy(model)
+    base: Any = copy.copy(model.base_model)
+    decoder = whole.get_decoder()
+    base._modules = {name: child for name, child in model.base_model._modules.items() if child is decoder}
+    whole._modules = {name: base if child is model.base_model else child for name, child in model._modules.items()}
+    kept: PreTrainedModel = whole
+    return kept

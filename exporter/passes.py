@@ -112,7 +112,7 @@ class HeadInCheckpointLayout(InPlacePass):
         """Put the transpose in."""
         graph = model.graph
         node = next(value for value in graph.outputs if value.name == self.output).producer()
-        if node is not None and node.op_type == "Cast":
+        while node is not None and node.op_type in ("Cast", "Div", "Tanh", "Mul"):  # logits may be capped
             node = node.inputs[0].producer() if node.inputs[0] is not None else None
         weight = node.inputs[1] if node is not None and node.op_type == "MatMul" else None
         if node is None or weight is None or not (weight.is_initializer() or _transposes_initializer(weight)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -41,7 +41,8 @@ def _configuration_reasons(config: PreTrainedConfig, architecture: Architecture)
     factor = rope.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", 1.0)) or 1.0
     if factor != 1.0:
         yield f"partial rotary embedding (partial_rotary_factor {factor:g}): only part of each head is rotated"
-    if rope and (rope_type := rope.get("rope_type", "default")) not in architecture.rope_types:
+    kinds = [each for each in rope.values() if isinstance(each, Mapping)] or [rope]  # tables of their own for each kind of layer
+    for rope_type in sorted({each.get("rope_type", "default") for each in kinds} - {*architecture.rope_types}):
         yield (
             f"rotary type {rope_type!r}, whose tables depend on the length of the prompt or are unknown "
             f"(supported: {', '.join(architecture.rope_types)})"

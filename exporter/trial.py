@@ -53,7 +53,8 @@ def try_processor(checkpoint: Checkpoint, config: PreTrainedConfig, size: tuple[
             f"{given}: the tokenizer has {len(tokenizer)} tokens but the embedding table {text.vocab_size} rows: they are of two models"
         )
     token = tokenizer.convert_ids_to_tokens(image_token)
-    if token != getattr(processor, "image_token", token):
+    # Where a prompt marks the place of an image otherwise, the processor may give that mark this name, and the tokenizer has the other.
+    if token not in (getattr(processor, "image_token", token), getattr(tokenizer, "image_token", None)):
         raise CheckpointError(f"{given}: the model's image token is {token!r} ({image_token}), the processor's {processor.image_token!r}")
     place = getattr(processor, "boi_token", token)  # where a prompt marks the place of an image otherwise than by the token itself
     try:

@@ -19,12 +19,14 @@ from sievert.bundle.plan import Plan
 from sievert.bundle.profile import Profile
 from sievert.graph_passes.decoder import Decoder, Layer
 from sievert.graph_passes.instance import Instance
-from sievert.graph_passes.prefill import add_cache_inputs, add_named_output, emit_logits, enter_decoder
+from sievert.graph_passes.prefill import add_cache_inputs, add_named_output, attention_options, emit_logits, enter_decoder
+from sievert.graph_passes.sight import ALL_CAUSAL, Sights, find_displaced, name_original_row, stage_before
 
 
-def build_decode(decoder: Decoder, embed_tokens: ir.Model | None, profile: Profile, plan: Plan) -> ir.Model:
+def build_decode(decoder: Decoder, embed_tokens: ir.Model | None, profile: Profile, plan: Plan, *, sights: Sights = ALL_CAUSAL) -> ir.Model:
     """The static decode graph of the contract (DESIGN.md). Each stage's own row, mask and position are computed in the graph.
 
+    It takes ``original_row.{s}[B, C_s]`` where prefill gives it. A new token is in no block: it sees what is before it, in its window.
     Without ``embed_tokens`` it takes ``inputs_embeds[B, 1, D]`` in the place of ids.
     """
     graph = ir.Graph([], [], nodes=[], opset_imports={"": 24}, name="decode")
@@ -40,20 +42,28 @@ def build_decode(decoder: Decoder, embed_tokens: ir.Model | None, profile: Profi
     cache_row = build.input("cache_row", ir.DataType.INT64, [batch])
     dropped = [plan.dropped_at(index, profile.visual_tokens) for index in range(decoder.depth)]
     caches = [add_cache_inputs(build, decoder, index, batch, profile.capacity(dropped[index])) for index in range(decoder.depth)]
+    origins: dict[int | None, ir.Value] = {}
+    for stage in find_displaced(plan, sights):
+        capacity = profile.capacity(dropped[plan.stages[stage].layer])
+        origins[stage] = build.input(name_original_row(stage), ir.DataType.INT64, [batch, capacity])
     weights: dict[str, ir.Value] = {}
     stream = embeds_or_ids if embed_tokens is None else _embed(build, embed_tokens, embeds_or_ids, weights)
     presents: list[tuple[str, ir.Value]] = []
-    segment, row, mask = None, cache_row, cache_row
+    segment, row, masks = None, cache_row, dict[int, ir.Value]()
     for layer in decoder.layers:
         if segment is None or dropped[layer.index] != dropped[layer.index - 1]:
             lost = dropped[layer.index]
             if segment is not None:
                 stream = segment.get(layer.residual)
             row = op.Sub(cache_row, lost) if lost else cache_row
-            mask = _mask_rows(build, row, profile.capacity(lost))
+            masks = {0: _mask_rows(build, row, profile.capacity(lost))}
             positions = op.Sub(position_ids, lost) if lost and plan.positions == "compact" else position_ids
             segment = enter_decoder(build, decoder, layer.index, stream, positions, scope=f"decode.{layer.index}", weights=weights)
-        presents += _attend_to_cache(build, segment, layer, caches[layer.index], row, mask)
+        window = sights.of(layer.index).window
+        if window not in masks:
+            origin = origins.get(stage_before(plan, layer.index))
+            masks[window] = _mask_window(build, masks[0], cache_row, window, origin, profile.capacity(dropped[layer.index]))
+        presents += _attend_to_cache(build, segment, layer, caches[layer.index], row, masks[window])
     if segment is None:
         raise GraphError("the decoder has no layers")
     logits = emit_logits(build, decoder, segment.get(decoder.layers[-1].residual_out), weights)
@@ -81,6 +91,17 @@ def _mask_rows(build: GraphBuilder, row: ir.Value, capacity: int) -> ir.Value:
     return mask
 
 
+def _mask_window(build: GraphBuilder, mask: ir.Value, cache_row: ir.Value, window: int, origin: ir.Value | None, capacity: int) -> ir.Value:
+    """``mask`` without rows that are ``window`` or more rows of the unpruned sequence back: ``[B, 1, 1, C]`` bool.
+
+    ``origin[B, C]`` says which row of that sequence each cache row is; None where nothing was cut: its own.
+    """
+    op = build.op
+    rows = op.Unsqueeze(op.Range(0, capacity, 1), [0, 1, 2]) if origin is None else op.Unsqueeze(origin, [1, 2])
+    near: ir.Value = op.And(mask, op.Greater(rows, op.Sub(op.Unsqueeze(cache_row, [1, 2, 3]), window)))
+    return near
+
+
 def _attend_to_cache(
     build: GraphBuilder, segment: Instance, layer: Layer, cache: tuple[ir.Value, ir.Value], row: ir.Value, mask: ir.Value
 ) -> list[tuple[str, ir.Value]]:
@@ -88,6 +109,6 @@ def _attend_to_cache(
     keys = op.TensorScatter(cache[0], segment.get(layer.k_rotary), row, axis=2)
     values = op.TensorScatter(cache[1], segment.get(layer.v), row, axis=2)
     query = segment.get(layer.q_rotary)
-    attended = op.Attention(query, keys, values, mask, scale=layer.scale, softmax_precision=int(ir.DataType.FLOAT))
+    attended = op.Attention(query, keys, values, mask, **attention_options(layer))
     segment.bind(layer.attended, attended)
     return [(f"present.{layer.index}.key", keys), (f"present.{layer.index}.value", values)]

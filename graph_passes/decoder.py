@@ -20,6 +20,7 @@ from sievert.bundle.errors import GraphError
 _SCOPES: Final = "pkg.torch.onnx.name_scopes"
 _SHAPE_OPS: Final = frozenset({"Transpose", "Reshape", "Cast", "Squeeze", "Unsqueeze"})
 _NORM_OPS: Final = frozenset({"RMSNormalization", "LayerNormalization"})
+_CAP_OPS: Final = frozenset({"Cast", "Div", "Mul", "Tanh"})
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Layer:
     """Values of one decoder layer in the dynamic graph (shapes as :data:`~sievert.graph_passes.selectors.base.TapKind` states).
 
     ``attended[B, H, S, d]`` is what the rest of the layer consumes of attention: everything between q, k, v and it is attention itself,
-    mask included, and is what the passes replace.
+    mask included, and is what the passes replace. ``softcap`` bounds the scores, ``softcap * tanh(score / softcap)``; 0 leaves them.
     """
 
     index: int
@@ -45,17 +46,22 @@ class Layer:
     mlp_out: ir.Value
     residual_out: ir.Value
     scale: float
+    softcap: float
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """A dynamic decoder graph and what was found in it. ``head_weight`` is the lm_head parameter ``[V, D]``, ``head`` its product."""
+    """A dynamic decoder graph and what was found in it. ``head_weight`` is the lm_head parameter ``[V, D]``, ``head`` its product.
+
+    ``two_way[B, S]`` is the input that marks tokens that see one another both ways, None where there are none.
+    """
 
     model: ir.Model
     layers: tuple[Layer, ...]
     inputs_embeds: ir.Value
     attention_mask: ir.Value
     position_ids: ir.Value
+    two_way: ir.Value | None
     logits: ir.Value
     head: ir.Value
     head_input: ir.Value
@@ -121,6 +127,7 @@ def find_decoder(model: ir.Model) -> Decoder:
         inputs_embeds=inputs["inputs_embeds"],
         attention_mask=inputs["attention_mask"],
         position_ids=inputs["position_ids"],
+        two_way=inputs.get("two_way"),
         logits=outputs["logits"],
         head=head,
         head_input=head_input,
@@ -139,8 +146,6 @@ def _find_layer(attention: ir.Node, index: int) -> Layer:
     mask = rest[0] if rest else None
     if any(extra is not None for extra in rest[1:]) or len(attention.outputs) != 1:
         raise GraphError(f"layer {index}: {_where(attention)} has a cache inside the operator; expected fresh keys and values only")
-    if attention.attributes.get_float("softcap", 0.0):
-        raise GraphError(f"layer {index}: {_where(attention)} caps its logits (softcap), which the passes do not carry over yet")
     k_rotary, v = _strip_repeat(_given(key, attention)), _strip_repeat(_given(value, attention))
     q_rotary = _given(q_rotary, attention)
     q, k = _before_rotary(q_rotary, index, "query"), _before_rotary(k_rotary, index, "key")
@@ -157,15 +162,15 @@ def _find_layer(attention: ir.Node, index: int) -> Layer:
     )
     mlp_out, residual_out = _residual_add(mlp_in, middle, index, "mlp")
     scale = attention.attributes.get_float("scale", 0.0) or _static_axis(q_rotary, 3) ** -0.5
-    return Layer(
-        index, residual, attention_in, q, k, v, q_rotary, k_rotary, mask, attended, attention_out, mlp_in, mlp_out, residual_out, scale
-    )
+    softcap = attention.attributes.get_float("softcap", 0.0)
+    values = (residual, attention_in, q, k, v, q_rotary, k_rotary, mask, attended, attention_out, mlp_in, mlp_out, residual_out)
+    return Layer(index, *values, scale, softcap)
 
 
 def _find_head(logits: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
     """The lm_head product behind ``logits``, its input and its weight as the checkpoint has it, ``[V, D]``."""
     value = logits
-    while (node := value.producer()) is not None and node.op_type == "Cast":
+    while (node := value.producer()) is not None and node.op_type in _CAP_OPS:  # logits may be capped
         value = _given(node.inputs[0], node)
     if node is None or node.op_type != "MatMul":
         raise GraphError(f"logits come from {_where(node)}, expected the lm_head's MatMul")

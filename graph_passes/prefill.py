@@ -27,20 +27,30 @@ from sievert.graph_passes.instance import Instance
 from sievert.graph_passes.planes import Planes
 from sievert.graph_passes.rows import cut_rows, describe_rows, gather_rows
 from sievert.graph_passes.selectors.base import StageGeometry, StageInputs, Tap
+from sievert.graph_passes.sight import ALL_CAUSAL, Places, Sight, Sights, find_displaced, name_original_row, see
 from sievert.graph_passes.vision_scores import VISUAL_SCORES
 
 
 def build_prefill(
-    decoder: Decoder, profile: Profile, plan: Plan, cuttings: Sequence[Cutting], grid: tuple[int, int], *, planes: int = 0
+    decoder: Decoder,
+    profile: Profile,
+    plan: Plan,
+    cuttings: Sequence[Cutting],
+    grid: tuple[int, int],
+    *,
+    planes: int = 0,
+    sights: Sights = ALL_CAUSAL,
+    first_position: int = 0,
 ) -> ir.Model:
     """The static prefill graph of the contract (DESIGN.md), pruned by ``cuttings`` in order; none gives the unpruned graph.
 
-    It takes ``visual_scores[B, Nv]`` where a selector has a vision tap, and ``deepstack.{i}[B, Nv, D]`` for each of ``planes``.
+    It takes ``visual_scores[B, Nv]`` where a selector has a vision tap, and ``deepstack.{i}[B, Nv, D]`` for each of ``planes``. It gives
+    ``original_row.{s}[B, C_s]`` for each cut with a layer behind it whose sight has a window. Row 0 has the position ``first_position``.
 
     Inner values ``stage.{s}.residual``, ``stage.{s}.scores`` and ``stage.{s}.order`` keep these names for ``expose``.
     """
     scored = any(cutting.selector.vision_tap is not None for cutting in cuttings)
-    splice = _Splice(decoder, profile, plan, grid, scored=scored, planes=planes)
+    splice = _Splice(decoder, profile, plan, grid, sights, scored=scored, planes=planes, first_position=first_position)
     cuts = {cutting.layer: (number, cutting) for number, cutting in enumerate(cuttings)}
     for layer in decoder.layers:
         if layer.index in cuts:
@@ -52,8 +62,21 @@ def build_prefill(
 class _Splice:
     """The prefill graph while it is put together: the sequence as it stands, and the instance of the decoder that runs on it."""
 
-    def __init__(self, decoder: Decoder, profile: Profile, plan: Plan, grid: tuple[int, int], *, scored: bool, planes: int) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        profile: Profile,
+        plan: Plan,
+        grid: tuple[int, int],
+        sights: Sights,
+        *,
+        scored: bool,
+        planes: int,
+        first_position: int,
+    ) -> None:
         self._decoder, self._profile, self._plan, self._grid = decoder, profile, plan, grid
+        self._sights, self._displaced = sights, find_displaced(plan, sights)
+        self._masks: dict[Sight, ir.Value] = {}
         self._build = build = GraphBuilder(ir.Graph([], [], nodes=[], opset_imports={"": 24}, name="prefill"))
         batch, length, visual = profile.batch, profile.sequence, profile.visual_tokens
         self._embeds = build.input("inputs_embeds", decoder.dtype, [batch, length, decoder.width])
@@ -76,6 +99,8 @@ class _Splice:
             visual_index=visual_index,
             position_ids=position_ids,
             position_axes=decoder.position_axes,
+            first_position=first_position,
+            two_way=sights.two_way,
         )
         self._planes = Planes(build, planes, self._rows, dtype=decoder.dtype, width=decoder.width)
         build.pop_module()
@@ -97,10 +122,19 @@ class _Splice:
         order = _name_value(build, selection.order, f"stage.{number}.order")
         cut = cut_rows(build, self._rows, order, cutting.keep, compact=compact, carried=selection.carried)
         build.pop_module()
-        self._rows = cut.rows
+        self._rows, self._masks = cut.rows, {}
         self._embeds = gather_rows(build, self._embeds, cut.source)
         self._kept.append((f"kept_index.{number}", cut.kept_index))
+        if number in self._displaced:
+            self._kept.append((name_original_row(number), self._describe_cache_rows()))
         self._enter(layer.index, gather_rows(build, stream, cut.source), f"tail.{number}")
+
+    def _describe_cache_rows(self) -> ir.Value:
+        """The row of the unpruned sequence that each row of the caches from here on is: ``[B, C_s]``. New tokens come behind all S."""
+        op, profile = self._build.op, self._profile
+        new = op.Unsqueeze(op.Range(profile.sequence, profile.capacity(), 1), [0])
+        rows: ir.Value = op.Concat(self._rows.original_row, op.Expand(new, [profile.batch, profile.max_new_tokens]), axis=1)
+        return rows
 
     def _stage_inputs(self, cutting: Cutting) -> StageInputs:
         rows, decoder = self._rows, self._decoder
@@ -118,6 +152,7 @@ class _Splice:
             grid=self._grid,
             original_visual=self._profile.visual_tokens,
             since=self._start,
+            softcap=decoder.layers[cutting.layer].softcap,
         )
         return StageInputs(
             geometry=geometry,
@@ -130,6 +165,8 @@ class _Splice:
             taps={tap: self._tap(tap) for tap in cutting.selector.taps(cutting.layer, decoder.depth, self._start)},
             carried=rows.carried,
             visual_scores=self._scores if cutting.layer == 0 else None,
+            sights=self._sights,
+            places=Places(rows.original_row, rows.block),
         )
 
     def _tap(self, tap: Tap) -> ir.Value:
@@ -145,15 +182,25 @@ class _Splice:
         return self._segment.get(value)
 
     def attend(self, layer: Layer) -> None:
-        """Causal attention over the fresh keys and values, which are also written to rows 0..n-1 of the caches."""
-        op, segment = self._build.op, self._segment
+        """Attention over the fresh keys and values, which are also written to rows 0..n-1 of the caches."""
+        op, segment, sight = self._build.op, self._segment, self._sights.of(layer.index)
         query, key, value = segment.get(layer.q_rotary), segment.get(layer.k_rotary), segment.get(layer.v)
-        attended = op.Attention(query, key, value, is_causal=1, scale=layer.scale, softmax_precision=int(ir.DataType.FLOAT))
-        segment.bind(layer.attended, attended)
+        mask = [] if sight.causal else [self._mask(sight)]
+        options = {"is_causal": 1} if sight.causal else {}
+        segment.bind(layer.attended, op.Attention(query, key, value, *mask, **options, **attention_options(layer)))
         caches = self._caches[layer.index]
         self._presents.append((f"present.{layer.index}.key", op.TensorScatter(caches[0], key, axis=2)))
         self._presents.append((f"present.{layer.index}.value", op.TensorScatter(caches[1], value, axis=2)))
         self._planes.add(segment, layer, self._rows)
+
+    def _mask(self, sight: Sight) -> ir.Value:
+        """``[B, 1, S, S]`` bool over the rows that are left, made once for all layers of a stage that see alike."""
+        if sight not in self._masks:
+            self._build.push_module("sight")
+            places = Places(self._rows.original_row, self._rows.block)
+            self._masks[sight] = self._build.op.Unsqueeze(see(self._build.op, sight, places, places), [1])
+            self._build.pop_module()
+        return self._masks[sight]
 
     def finish(self) -> ir.Model:
         """Logits of the last real row, and all outputs."""
@@ -165,6 +212,12 @@ class _Splice:
         for name, value in [("logits", logits), *self._presents, *self._kept]:
             add_named_output(build, value, name)
         return ir.Model(build.graph, ir_version=11, producer_name="sievert")
+
+
+def attention_options(layer: Layer) -> dict[str, float | int]:
+    """Attributes of an Attention that computes what ``layer`` does; a softcap bounds scores before they are masked."""
+    options: dict[str, float | int] = {"scale": layer.scale, "softmax_precision": int(ir.DataType.FLOAT)}
+    return options | ({"softcap": layer.softcap} if layer.softcap else {})
 
 
 def enter_decoder(
@@ -180,7 +233,7 @@ def enter_decoder(
     """The decoder entered at ``layer`` with ``stream[B, n, D]`` and its position ids: lengths and rotary tables follow these."""
     bound = {decoder.inputs_embeds: stream, decoder.position_ids: position_ids, decoder.layers[layer].residual: stream}
     one_axis = position_ids if decoder.position_axes == 1 else build.op.Squeeze(build.op.Slice(position_ids, [0], [1], [0]), [0])
-    shapes = {decoder.attention_mask: one_axis}  # [B, n]
+    shapes = dict.fromkeys(filter(None, (decoder.attention_mask, decoder.two_way)), one_axis)  # [B, n]
     return Instance(build, decoder.model.graph, scope=scope, bound=bound, weights=weights, shapes=shapes)
 
 

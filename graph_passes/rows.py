@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 import onnx_ir as ir
 from onnxscript import GraphBuilder
 
+from sievert.graph_passes.sight import TwoWay
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -19,7 +21,8 @@ class Rows:
     ``visual_index[B, Nv]`` ascending rows of this sequence, ``original_visual[B, Nv]`` the same tokens counted among the
     model's visual tokens, ``original_row[B, S]`` rows of the unpruned sequence, ``position_ids[B, S]`` or ``[A, B, S]`` of
     ``position_axes`` A, ``is_visual[B, S]``, ``text[B, S]`` real text after the first visual token, ``all_text[B, S]`` all real text,
-    ``real[B, S]`` all but padding; ``carried`` float32 values ``[B, S]`` that selectors left.
+    ``real[B, S]`` all but padding; ``carried`` float32 values ``[B, S]`` that selectors left. ``block[B, S]`` numbers the tokens that see
+    one another both ways, -1 for others; None in models without. ``first_position`` is the position of row 0.
     """
 
     batch: int
@@ -35,6 +38,8 @@ class Rows:
     all_text: ir.Value
     real: ir.Value
     carried: Mapping[str, ir.Value]
+    block: ir.Value | None = None
+    first_position: int = 0
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,8 @@ def describe_rows(
     visual_index: ir.Value,
     position_ids: ir.Value,
     position_axes: int = 1,
+    first_position: int = 0,
+    two_way: TwoWay = "none",
 ) -> Rows:
     """The unpruned sequence, from prefill's inputs."""
     op = build.op
@@ -79,6 +86,8 @@ def describe_rows(
         all_text=all_text,
         real=real,
         carried={},
+        block=_number_blocks(build, is_visual, real, two_way),
+        first_position=first_position,
     )
 
 
@@ -95,7 +104,8 @@ def cut_rows(build: GraphBuilder, rows: Rows, order: ir.Value, keep: int, *, com
     source, slot = _order_kept_first(build, stays, (batch, length), after)
     position_ids = _gather_positions(build, rows, source, (batch, after))
     if compact:
-        position_ids = op.Expand(_make_counter(build, after), [batch, after])
+        first = rows.first_position
+        position_ids = op.Expand(op.Unsqueeze(op.Range(first, first + after, 1), [0]), [batch, after])
     following = replace(
         rows,
         length=after,
@@ -109,8 +119,22 @@ def cut_rows(build: GraphBuilder, rows: Rows, order: ir.Value, keep: int, *, com
         all_text=_gather_flags(build, rows.all_text, source),
         real=_gather_flags(build, rows.real, source),
         carried={name: op.GatherElements(value, source, axis=1) for name, value in {**rows.carried, **carried}.items()},
+        block=None if rows.block is None else op.GatherElements(rows.block, source, axis=1),
     )
     return Cut(following, source, op.GatherElements(rows.original_row, kept, axis=1))
+
+
+def _number_blocks(build: GraphBuilder, is_visual: ir.Value, real: ir.Value, two_way: str) -> ir.Value | None:
+    """``block[B, S]`` int64. An image is a run of visual tokens: as many words stand before each of them."""
+    op, int64 = build.op, ir.DataType.INT64
+    if two_way == "none":
+        return None
+    if two_way == "prompt":
+        whole: ir.Value = op.Sub(op.Cast(real, to=int64), 1)
+        return whole
+    words = op.CumSum(op.Cast(op.Not(is_visual), to=int64), 1)
+    images: ir.Value = op.Where(is_visual, words, -1)
+    return images
 
 
 def gather_rows(build: GraphBuilder, stream: ir.Value, source: ir.Value) -> ir.Value:

@@ -11,7 +11,7 @@ from sievert.bundle.errors import ProfileError
 from sievert.bundle.plan import Plan
 from sievert.bundle.profile import Profile
 from sievert.bundle.specs import Geometry
-from sievert.graph_passes.causal import prove_causal
+from sievert.graph_passes.causal import read_sights
 from sievert.graph_passes.decode import build_decode
 from sievert.graph_passes.decoder import find_decoder
 from sievert.graph_passes.finish import FixShapes
@@ -34,7 +34,7 @@ def make_variant(
 
     Raises:
         PlanError, ProfileError: the plan or profile does not fit the model.
-        GraphError: the decoder's structure is not one the passes know, or it is not causal at the profile's length.
+        GraphError: the decoder's structure is not one the passes know, or a layer attends by another rule than those known.
     """
     profile.check(geometry)
     plan.check(geometry, profile.images)
@@ -43,7 +43,7 @@ def make_variant(
         _check_images(dynamic["embed_tokens"])
     progress("reading the decoder")
     decoder = find_decoder(dynamic["decoder"])
-    prove_causal(decoder, profile.capacity())
+    sights = read_sights(decoder, profile.capacity(), two_way=geometry.two_way, prompt=profile.sequence, images=profile.image_tokens)
     batch, length, pictures = profile.batch, profile.sequence, profile.batch * profile.images
     features = (batch, profile.visual_tokens, geometry.width)
     progress("vision_encoder")
@@ -62,10 +62,12 @@ def make_variant(
     )
     progress("prefill")
     grid = geometry.grid or (1, geometry.visual_tokens)
-    prefill = build_prefill(decoder, profile, plan, cuttings, grid, planes=geometry.visual_planes)
+    prefill = build_prefill(
+        decoder, profile, plan, cuttings, grid, planes=geometry.visual_planes, sights=sights, first_position=geometry.first_position
+    )
     graphs["prefill"] = FixShapes()(prefill).model
     progress("decode")
-    graphs["decode"] = FixShapes()(build_decode(decoder, dynamic["embed_tokens"], profile, plan)).model
+    graphs["decode"] = FixShapes()(build_decode(decoder, dynamic["embed_tokens"], profile, plan, sights=sights)).model
     return graphs
 
 

@@ -119,7 +119,7 @@ class AddVisionScores(ir.passes.InPlacePass):
         form, what = read_attention(node), f"Attention node {node.name!r} of the vision encoder"
         if form is None:
             raise GraphError(f"{what} has operands of unknown shape or dtype")
-        if reason := refuse_decomposition(node, form):
+        if reason := refuse_decomposition(node, form) or ("it caps its scores (softcap)" if form.softcap else None):
             raise GraphError(f"{what} cannot be read: {reason}")
         if form.mask is not None or form.causal or form.heads != form.kv_heads:
             raise GraphError(f"{what} has a mask or grouped heads: expected every patch to see every patch, in {form.kv_heads} heads")

@@ -6,6 +6,7 @@ ones. A plan without stages is the unpruned model.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,7 @@ from transformers import DynamicCache
 from sievert.bundle.errors import UnsupportedModelError
 from sievert.bundle.plan import Plan
 from sievert.parity.hooks import stop_before
+from sievert.parity.masks import Masks, Seen, as_argument, read_masks
 from sievert.parity.record import (
     EMBEDDINGS,
     LOGITS,
@@ -56,11 +58,17 @@ class ReferenceInputs:
 
 @dataclass
 class ReferenceState:
-    """A prompt that was read: caches of a length per layer, and the position that comes next without pruning."""
+    """A prompt that was read: caches of a length per layer, and the position that comes next without pruning.
+
+    ``rows[i]``: which rows of the unpruned sequence layer i's cache holds; ``length``: of how many that sequence consists.
+    """
 
     cache: Any
+    rows: list[Index]
     plan: Plan
     visual_tokens: int
+    length: int
+    masked: bool
     position: int
     leading: int  # axes before the sequence's: 1, or 2 where a position has several
     logits: NDArray[np.float64]  # [V]
@@ -86,7 +94,8 @@ class _Walk:
         """Go on with ``kept`` and the text, before ``layer``."""
         stay = np.isin(self.rows, kept) | ~np.isin(self.rows, self.visual)
         self.hidden, self.rows, self.embeds = self.hidden[:, stay], self.rows[stay], self.embeds[stay]
-        self.positions = torch.arange(len(self.rows))[None] if compact else self.positions[..., stay]
+        first = self.positions[..., :1]
+        self.positions = first + torch.arange(len(self.rows))[None] if compact else self.positions[..., stay]
         self.carried = {name: values[stay] for name, values in self.carried.items()}
         self.taps, self.since = {}, layer
 
@@ -107,7 +116,7 @@ class Reference:
 
     def embed(self, inputs: ReferenceInputs) -> tuple[torch.Tensor, torch.Tensor]:
         """The projected image features ``[Nv, D]`` and the merged embeddings ``[1, S, D]``, as the model's own forward makes them."""
-        features, hidden, _, _ = self._embed(inputs, ())
+        features, hidden, *_ = self._embed(inputs, ())
         return features, hidden
 
     @torch.inference_mode()
@@ -120,7 +129,9 @@ class Reference:
         """
         selectors = [by_image(reference_selector(stage.selector, stage.options), inputs.images) for stage in plan.stages]
         wanted = list_taps(plan, selectors, len(self.layers))
-        features, hidden, positions, seen = self._embed(inputs, [selector.vision_tap for selector in selectors if selector.vision_tap])
+        features, hidden, positions, masks, seen = self._embed(
+            inputs, [selector.vision_tap for selector in selectors if selector.vision_tap]
+        )
         arrays: dict[str, NDArray[Any]] = {VISION: _numpy(features), EMBEDDINGS: _numpy(hidden[0])}
         for scores in seen.values():
             arrays[VISUAL_SCORES] = scores
@@ -128,14 +139,14 @@ class Reference:
         walk = _Walk(hidden, positions, np.arange(hidden.shape[1]), visual, _numpy(hidden[0]), {}, {})
         stages = {stage.layer: index for index, stage in enumerate(plan.stages)}
         traces: list[StageTrace] = []
-        cache = DynamicCache()
+        cache, left = DynamicCache(), list[Index]()
         for number in range(len(self.layers)):
             if number in stages:
                 index = stages[number]
                 selector = selectors[index]
-                self._look(walk, number, _kinds(wanted[index], number))
+                self._look(walk, number, _kinds(wanted[index], number), masks)
                 said = None if selector.vision_tap is None else seen[selector.vision_tap]
-                trace = self._trace(walk, number, selector, plan.stages[index].keep, said, None if kept is None else kept[index])
+                trace = self._trace(walk, number, selector, plan.stages[index].keep, masks, said, None if kept is None else kept[index])
                 traces.append(trace)
                 arrays[residual_name(index)] = _numpy(walk.hidden[0])
                 if selector.computes:
@@ -143,9 +154,11 @@ class Reference:
                 walk.carried = {**walk.carried, **trace.choice.carried}
                 walk.cut(number, trace.kept, compact=plan.positions == "compact")
             later = wanted[len(traces)] if len(traces) < len(wanted) else ()
-            walk.hidden = self._look(walk, number, _kinds(later, number), cache)
-        logits = _numpy(self.model.lm_head(self.text.norm(walk.hidden[:, -1:]))[0, -1])
-        state = ReferenceState(cache, plan, len(visual), int(positions.max()) + 1, positions.ndim - 1, logits)
+            walk.hidden = self._look(walk, number, _kinds(later, number), masks, cache)
+            left.append(as_index(walk.rows))
+        logits = self._logits(walk.hidden)
+        position, leading = int(positions.max()) + 1, positions.ndim - 1
+        state = ReferenceState(cache, left, plan, len(visual), hidden.shape[1], masks.given, position, leading, logits)
         arrays[LOGITS] = logits
         arrays |= _caches(cache, cache_names)
         return state, arrays, tuple(traces)
@@ -157,9 +170,12 @@ class Reference:
         for number, layer in enumerate(self.layers):
             dropped = state.plan.dropped_at(number, state.visual_tokens) if state.plan.positions == "compact" else 0
             place = torch.tensor([[state.position - dropped]])
-            hidden = self._call(layer, hidden, place if state.leading == 1 else place.expand(_AXES, 1, 1), state.cache)
+            state.rows[number] = np.append(state.rows[number], state.length)
+            seen = None if not state.masked else self._see_back(layer, state.rows[number])
+            hidden = self._call(number, hidden, place if state.leading == 1 else place.expand(_AXES, 1, 1), state.cache, seen, state.masked)
         state.position += 1
-        state.logits = _numpy(self.model.lm_head(self.text.norm(hidden))[0, -1])
+        state.length += 1
+        state.logits = self._logits(hidden)
         return state.logits
 
     def record(self, inputs: ReferenceInputs, plan: Plan, *, kept: Sequence[Index | None] | None = None, tokens: int) -> ReferenceRecord:
@@ -172,30 +188,50 @@ class Reference:
         arrays |= _caches(state.cache, end_cache_names)
         return ReferenceRecord(arrays, traces, tuple(greedy), len(inputs.input_ids), plan)
 
-    def _call(self, layer: Any, hidden: torch.Tensor, positions: torch.Tensor, cache: Any) -> torch.Tensor:
-        """One decoder layer on the rows it is given, causal among themselves and after everything in its cache."""
-        length = hidden.shape[1]
+    def _see_back(self, layer: Any, rows: Index) -> Seen | None:
+        """``[1, n]``: which of ``rows`` of the unpruned sequence the last of them sees; it is in no block. None: all."""
         window = getattr(layer.self_attn, "sliding_window", None)
+        return None if window is None else rows[None] > rows[-1] - window
+
+    def _logits(self, hidden: torch.Tensor) -> NDArray[np.float64]:
+        """``[V]`` of the last row of ``hidden[1, n, D]``, capped where the configuration says so."""
+        logits, cap = self.model.lm_head(self.text.norm(hidden[:, -1:]))[0, -1], getattr(self.text.config, "final_logit_softcapping", None)
+        return _numpy(logits if cap is None else cap * torch.tanh(logits / cap))
+
+    def _rotary(self, number: int, hidden: torch.Tensor, positions: torch.Tensor) -> Any:
+        """Cosines and sines of layer ``number``; some models have tables for each kind of layer."""
+        own = "layer_type" in inspect.signature(self.text.rotary_emb.forward).parameters
+        return self.text.rotary_emb(hidden, positions, *((self.text.config.layer_types[number],) if own else ()))
+
+    def _call(
+        self, number: int, hidden: torch.Tensor, positions: torch.Tensor, cache: Any, seen: Seen | None = None, masked: bool = False
+    ) -> torch.Tensor:
+        """One decoder layer on the rows it is given, after everything in its cache. ``seen[n, m]``: what they see, if not what is causal;
+        ``masked``: the model's own masks say so.
+        """
+        layer, length = self.layers[number], hidden.shape[1]
+        window = None if masked else getattr(layer.self_attn, "sliding_window", None)
         if window is not None and length + (0 if cache is None else cache.get_seq_length(layer.self_attn.layer_idx)) > window:
             raise UnsupportedModelError(f"the reference has no mask for a sliding window of {window} tokens: use shorter prompts")
-        mask = None
-        if length > 1 and self.text.config._attn_implementation != "sdpa":  # sdpa reads "no mask" as causal, others as no mask
-            mask = torch.full((length, length), torch.finfo(hidden.dtype).min, dtype=hidden.dtype).triu(1)[None, None]
+        implementation = self.text.config._attn_implementation
+        if seen is None and length > 1 and implementation != "sdpa":  # sdpa reads "no mask" as causal, others as no mask
+            seen = np.tri(length, dtype=bool)
+        mask = None if seen is None else as_argument(seen, implementation, hidden.dtype)
         output: torch.Tensor = layer(
             hidden,
             attention_mask=mask,
             position_ids=positions if positions.ndim == 2 else positions[0],
             past_key_values=cache,
             use_cache=cache is not None,
-            position_embeddings=self.text.rotary_emb(hidden, positions),
+            position_embeddings=self._rotary(number, hidden, positions),
         )
         return output
 
     @torch.inference_mode()
     def _embed(
         self, inputs: ReferenceInputs, taps: Sequence[VisionTap]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[VisionTap, NDArray[np.float64]]]:
-        """:meth:`embed`, the positions that the model gives its decoder, and what the vision encoder says meanwhile."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Masks, dict[VisionTap, NDArray[np.float64]]]:
+        """:meth:`embed`, the positions and masks that the model gives its decoder, and what the vision encoder says meanwhile."""
         pixels = torch.from_numpy(np.asarray(inputs.pixel_values, np.float32)).to(self.rounded_to).to(self.dtype)
         ids = torch.from_numpy(as_index(inputs.input_ids))
         others = {name: torch.from_numpy(np.asarray(array)) for name, array in inputs.processed.items()}
@@ -205,11 +241,12 @@ class Reference:
         hidden = arguments["inputs_embeds"]
         given = arguments.get("position_ids")
         # Before several axes some models put the row numbers that packed prompts are told apart by.
-        several = None if given is None or given.ndim == ids[None].ndim else given[-_AXES:]  # axes, batch, sequence
-        positions = torch.arange(hidden.shape[1])[None] if several is None else several
-        return hidden[0, ids == self.image_token_id], hidden, positions, scores
+        given = torch.arange(hidden.shape[1])[None] if given is None else given
+        positions = given if given.ndim == ids[None].ndim else given[-_AXES:]  # axes, batch, sequence
+        masks = read_masks(arguments.get("attention_mask"), getattr(self.text.config, "layer_types", None), len(self.layers))
+        return hidden[0, ids == self.image_token_id], hidden, positions, masks, scores
 
-    def _look(self, walk: _Walk, number: int, kinds: Sequence[str], cache: Any = None) -> torch.Tensor:
+    def _look(self, walk: _Walk, number: int, kinds: Sequence[str], masks: Masks, cache: Any = None) -> torch.Tensor:
         """Run layer ``number`` and take down ``kinds`` of it; without a cache it is only looked at, and not run where that will do."""
         for kind in kinds:
             if kind in OF_STREAM:
@@ -217,17 +254,26 @@ class Reference:
         inner = [kind for kind in kinds if kind not in OF_STREAM]
         if cache is None and not inner:
             return walk.hidden
-        with watch_layer(self.layers[number], inner) as seen:
-            hidden = self._call(self.layers[number], walk.hidden, walk.positions, cache)
-        walk.taps |= {(kind, number): tensor for kind, tensor in seen.items()}
+        with watch_layer(self.layers[number], inner) as found:
+            seen_rows = masks.among(number, as_index(walk.rows))
+            hidden = self._call(number, walk.hidden, walk.positions, cache, seen_rows, masks.given)
+        walk.taps |= {(kind, number): tensor for kind, tensor in found.items()}
         return hidden
 
     def _trace(
-        self, walk: _Walk, layer: int, selector: ReferenceSelector, keep: int, scores: Array | None, kept: Index | None
+        self,
+        walk: _Walk,
+        layer: int,
+        selector: ReferenceSelector,
+        keep: int,
+        masks: Masks,
+        scores: Array | None,
+        kept: Index | None,
     ) -> StageTrace:
         """What the selector reads and would choose at the input of ``layer``."""
         left = as_index(np.flatnonzero(np.isin(walk.rows, walk.visual)))
         text = as_index(np.flatnonzero(~np.isin(walk.rows, walk.visual)))
+        seen = {number: masks.among(number, as_index(walk.rows)) for number in range(len(self.layers))}
         inputs = TokenInputs(
             taps=walk.taps,
             embeds=walk.embeds,
@@ -243,6 +289,8 @@ class Reference:
             grid=patch_grid(self.model) or (1, len(walk.visual)),
             carried=walk.carried,
             visual_scores=scores,
+            seen={number: rows for number, rows in seen.items() if rows is not None},
+            softcap=getattr(self.layers[layer].self_attn, "attn_logit_softcapping", None) or 0.0,
         )
         choice = selector.select(inputs, keep)
         own = np.sort(walk.rows[left[choice.order]])

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 import numpy as np
+import torch
 
 from sievert.bundle.errors import PlanError, UnsupportedModelError
 from sievert.bundle.plan import Plan
@@ -21,6 +22,13 @@ _MODULES: Final = {
     "mlp_in": "post_attention_layernorm",
     "mlp_out": "mlp",
 }
+_FOUR_NORMS: Final = {
+    "attention_in": "input_layernorm",
+    "attention_out": "post_attention_layernorm",
+    "mlp_in": "pre_feedforward_layernorm",
+    "mlp_out": "post_feedforward_layernorm",
+}
+"""Where what is added to the stream is normed once more: outputs are taken before the addition, so after that norm."""
 OF_STREAM: Final = ("residual", "final_normed")
 """Kinds that are read off the stream entering a layer, before it runs."""
 
@@ -49,20 +57,33 @@ def watch_layer(layer: Any, kinds: Collection[str]) -> Iterator[dict[str, Array]
     q, k and v ``[heads, S, d]``, after any norm of theirs; the others ``[S, D]``; all float64. The layer sees one sample.
     """
     attention = layer.self_attn
-    watched = {kind: getattr(layer, _MODULES[kind]) for kind in kinds if kind in _MODULES}
+    modules = _FOUR_NORMS if hasattr(layer, "pre_feedforward_layernorm") else _MODULES
+    watched = {kind: getattr(layer, modules[kind]) for kind in kinds if kind in _MODULES}
     names = {_HEADS[kind] for kind in kinds if kind in _HEADS}
-    watched |= {name: getattr(attention, f"{name}_norm", getattr(attention, f"{name}_proj")) for name in names}
+    watched |= {name: getattr(attention, f"{name}_proj") for name in names}
     found: dict[str, Array] = {}
     with watch_outputs(watched) as seen, watch_arguments(attention) as arguments:
         yield found
     d = attention.head_dim
+    # Some norm the heads before they are put first, some after: here always before, so that the axes are known.
+    seen |= {name: _norm_heads(attention, name, seen[name], d) for name in names}
     tensors = {name: tensor[0].double().numpy().copy() for name, tensor in seen.items()}
     for kind in kinds:
         if kind in _MODULES:
             found[kind] = tensors[kind]
         elif kind in _HEADS:
-            heads = tensors[_HEADS[kind]].reshape(len(tensors[_HEADS[kind]]), -1, d).transpose(1, 0, 2)
+            heads = tensors[_HEADS[kind]].transpose(1, 0, 2)
             found[kind] = _rotate(heads, arguments["position_embeddings"]) if kind.endswith("_rotary") else heads
+
+
+def _norm_heads(attention: Any, name: str, projected: torch.Tensor, d: int) -> torch.Tensor:
+    """``[1, S, heads, d]``: the product of a projection as it is rotated, by the layer's own norm of it where it has one."""
+    heads = projected.reshape(*projected.shape[:-1], -1, d)
+    norm = getattr(attention, f"{name}_norm", None)
+    if norm is None:
+        return heads
+    normed: torch.Tensor = norm(heads) if norm.weight.shape[-1] == d else norm(projected).reshape(heads.shape)
+    return normed.detach()
 
 
 def _rotate(heads: Array, tables: Any) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -34,6 +35,8 @@ class Difference:
     @property
     def severity(self) -> float:
         """``max_abs`` in units of what is allowed."""
+        if self.allowed == 0:  # every score is zero, as where a layer's window hides all of them
+            return math.inf if self.max_abs else 0.0
         return self.max_abs / self.allowed
 
 

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+import torch
 import transformers
 from transformers import AutoConfig, GenerationConfig
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
@@ -86,6 +87,7 @@ def _make(plan: Plan, folder: Path, **overrides: Any) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     model = getattr(transformers, parts.config.architectures[0])(parts.config)
     randomise(model, seed=options.seed)
+    _centre_norms(model)
     model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=[2, 3], pad_token_id=0, max_new_tokens=16)
     model.save_pretrained(folder)
     write_processor(
@@ -98,6 +100,14 @@ def _make(plan: Plan, folder: Path, **overrides: Any) -> Path:
         videos=parts.videos,
     )
     return folder
+
+
+def _centre_norms(model: torch.nn.Module) -> None:
+    """Gemma's norms multiply by one more than their weight: gains around 1, as everywhere, are weights around 0."""
+    with torch.no_grad():
+        for module in model.modules():
+            if type(module).__name__ in ("GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm"):
+                module.get_parameter("weight").sub_(1)
 
 
 def _text(options: Options, **fields: Any) -> dict[str, Any]:
@@ -454,6 +464,10 @@ _PREFIX_TEMPLATE: Final = (
 )
 
 
+def _paligemma(options: Options) -> Parts:
+    return _paligemma_parts(options, transformers.GemmaConfig(**_text(options, vocab_size=PALIGEMMA_VOCABULARY)))
+
+
 def _paligemma2(options: Options) -> Parts:
     text = _text(
         options,
@@ -463,8 +477,12 @@ def _paligemma2(options: Options) -> Parts:
         final_logit_softcapping=30.0,
         sliding_window=4096,
     )
+    return _paligemma_parts(options, transformers.Gemma2Config(**text))
+
+
+def _paligemma_parts(options: Options, text: Any) -> Parts:
     config = transformers.PaliGemmaConfig(
-        text_config=transformers.Gemma2Config(**text),
+        text_config=text,
         vision_config=AutoConfig.for_model("siglip_vision_model", **_tower(options, vision_use_head=False)),
         tie_word_embeddings=options.tied,
         architectures=["PaliGemmaForConditionalGeneration"],
@@ -494,6 +512,7 @@ FAMILIES: Final[Mapping[str, Callable[..., Path]]] = {
     "pixtral": partial(_make, _pixtral, width=96),
     "qwen3-vl": partial(_make, _qwen3_vl, tied=True),
     "gemma3": partial(_make, _gemma3, tied=True, width=96),
+    "paligemma": partial(_make, _paligemma, tied=True, width=96),
     "paligemma2": partial(_make, _paligemma2, tied=True, width=96),
 }
 """Builders by family, each ``(folder, **fields of Options) -> folder``; heads are tied where the small released model's are."""
@@ -510,6 +529,7 @@ PICTURES: Final[Mapping[str, tuple[int, int]]] = {
     "pixtral": (64, 48),
     "qwen3-vl": (96, 64),
     "gemma3": (64, 64),
+    "paligemma": (32, 32),
     "paligemma2": (32, 32),
 }
 """Width and height of a picture, in pixels, that makes each family show its structure: several tiles, windows or rows."""

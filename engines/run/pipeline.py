@@ -15,6 +15,7 @@ import numpy as np
 from sievert.bundle.errors import EngineError, IntegrityError, ProfileError, PromptError
 from sievert.bundle.files import sha256_bytes
 from sievert.bundle.manifest import GraphEntry
+from sievert.bundle.profile import Profile
 from sievert.bundle.store import Bundle
 from sievert.engines.run.base import Cache, ModelFile, Runtime, Session
 from sievert.engines.run.dtypes import Array
@@ -27,6 +28,7 @@ from sievert.engines.run.slots import Slots
 logger = logging.getLogger(__name__)
 
 GRAPHS: Final = ("vision_encoder", "embed_tokens", "prefill", "decode")
+_ORIGIN: Final = "original_row."
 _REMEMBERED = 16  # pictures whose features are kept; a few MB each at most
 
 
@@ -98,6 +100,9 @@ class Pipeline:
         self._shared = self.profile.batch == self.profile.decode_batch
         self._decode_caches = self._bind("decode", self._prefill_caches if self._shared else None)
         self._slots = Slots(self.profile, self.geometry.pad_token_id)
+        # Which row of the unpruned prompt each cache row is, for layers with a window: never changed by decode, so kept on the host.
+        self._origins_read: dict[str, Array] = {}
+        self._origins = _first_origins(self.variant.graphs["decode"], self.profile)
         self._prefilled: tuple[tuple[int, int], ...] = ()  # of each row the real tokens, and by how much the next position differs
         self._poisoned = False  # decode may have left a NaN in shared caches; a filled slot is copied whole
         self.prefills = 0  # how many there were: a stream sees by it that its prompts are gone
@@ -186,12 +191,14 @@ class Pipeline:
         outputs = self._run("prefill", values)
         logits = outputs.pop("logits")
         kept = tuple(outputs.pop(f"kept_index.{stage}") for stage in range(len(self.variant.plan.stages)))
+        self._origins_read = {name: outputs.pop(name) for name in self._origins}
         for stage, rows in enumerate(kept):
             if (np.diff(rows, axis=1) < 1).any():  # a NaN among the scores takes tokens twice
                 raise EngineError(f"stage {stage} kept a token twice: its scores are no numbers, run `sievert check` on this variant")
         self._prefilled = tuple(zip(batch.lengths, batch.shifts or (0,) * len(batch.lengths), strict=True))
         if self._shared:
             for row, (length, shift) in enumerate(self._prefilled):
+                self._place(row, row)
                 self._slots.start(row, length, shift)
         return PrefillResult(logits, kept, embeds, outputs)
 
@@ -209,6 +216,7 @@ class Pipeline:
         else:
             for target, source in zip(self._decode_caches, self._prefill_caches, strict=True):
                 target.buffer.copy_row(slot, source.buffer, row)
+            self._place(slot, row)
         self._slots.start(slot, *self._prefilled[row])
 
     def decode(self, tokens: Array) -> Array:
@@ -225,6 +233,7 @@ class Pipeline:
         axes = (self.geometry.position_axes,) if self.geometry.position_axes > 1 else ()
         position_ids = np.broadcast_to(positions[:, None], (*axes, len(positions), 1))
         values = {"input_ids": fed[:, None], "position_ids": np.ascontiguousarray(position_ids), "cache_row": rows}
+        values |= self._origins
         logits = self._run("decode", values)["logits"]
         self._slots.advance(np.asarray(tokens))
         if self._shared and not np.isfinite(logits).all():
@@ -241,6 +250,11 @@ class Pipeline:
     def lengths(self) -> tuple[int, ...]:
         """Tokens each decode slot holds, counted without pruning; 0 where nothing was prefilled."""
         return self._slots.lengths
+
+    def _place(self, slot: int, row: int) -> None:
+        """Remember for a slot which rows of its prompt are left."""
+        for name, origins in self._origins.items():
+            origins[slot] = self._origins_read[name][row]
 
     def _session(self, graph: str) -> Session:
         if graph not in self._sessions:
@@ -266,6 +280,16 @@ class Pipeline:
                 caches.append(Cache(past, present, buffer))
         session.bind(caches)
         return caches
+
+
+def _first_origins(decode: GraphEntry, profile: Profile) -> dict[str, Array]:
+    """``original_row.{s}[Bd, C_s]`` of slots that nothing was prefilled for: as if the first rows had been cut."""
+    origins = {}
+    for spec in decode.inputs:
+        if spec.name.startswith(_ORIGIN):
+            rows, capacity = (int(size) for size in spec.shape)
+            origins[spec.name] = np.tile(np.arange(profile.capacity() - capacity, profile.capacity()), (rows, 1))
+    return origins
 
 
 def _check_interface(graph: str, entry: GraphEntry, session: Session, *, strict: bool) -> None:

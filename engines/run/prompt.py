@@ -179,9 +179,10 @@ class Prompter:
             input_ids[place, : len(row.input_ids)] = row.input_ids
         places = np.arange(S)
         real = places < lengths[:, None]  # [B, S]; the pad token may be the image token's id in some models
-        position_ids: Array = np.minimum(places, lengths[:, None] - 1)
+        first = self.geometry.first_position
+        position_ids: Array = np.minimum(places, lengths[:, None] - 1) + first
         visual_index = np.stack([np.flatnonzero(row.input_ids == self.geometry.image_token_id) for row in filled])
-        following = lengths
+        following = lengths + first
         if self.geometry.position_axes > 1:
             rows_columns = self.geometry.grid or (1, self.geometry.visual_tokens)
             grids = [[Grid(*rows_columns)] * self.profile.images] * B

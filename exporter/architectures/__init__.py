@@ -1,12 +1,14 @@
 """The model families that can be exported: one file of data each, registered here."""
 
 from sievert.exporter.architectures.base import Architecture
+from sievert.exporter.architectures.gemma3 import GEMMA3
 from sievert.exporter.architectures.idefics3 import IDEFICS3
 from sievert.exporter.architectures.internvl import INTERNVL
 from sievert.exporter.architectures.llava import LLAVA
 from sievert.exporter.architectures.llava_next import LLAVA_NEXT
 from sievert.exporter.architectures.llava_onevision import LLAVA_ONEVISION
 from sievert.exporter.architectures.mistral3 import MISTRAL3
+from sievert.exporter.architectures.paligemma import PALIGEMMA
 from sievert.exporter.architectures.pixtral import PIXTRAL
 from sievert.exporter.architectures.qwen2_5_vl import QWEN2_5_VL
 from sievert.exporter.architectures.qwen2_vl import QWEN2_VL
@@ -23,6 +25,8 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     MISTRAL3,
     QWEN2_VL,
     QWEN2_5_VL,
+    GEMMA3,
+    PALIGEMMA,
 )
 
 __all__ = ["ARCHITECTURES", "Architecture", "supported"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,18 @@ class Tower:
 
 
 @dataclass(frozen=True)
+class TwoWay:
+    """Tokens of a prompt that see one another in both directions: each picture's own, or all of the ``prompt``.
+
+    The model is told by its ``token_type_ids``: ``token_type`` for those tokens, ``other`` for the rest.
+    """
+
+    tokens: Literal["images", "prompt"]
+    token_type: int
+    other: int
+
+
+@dataclass(frozen=True)
 class Architecture:
     """One family of checkpoints.
 
@@ -29,7 +42,8 @@ class Architecture:
     vision tower to its leading class tokens; ``decoders`` are model types. Without a ``tower`` the vision encoder is whatever the model
     does to one picture of the size that was asked for, ``image_size`` (height, width) by default, or the configuration's own where
     that is None too. ``rope_types`` are those whose tables do not depend on the data. ``processor`` names a class of transformers that
-    makes the same of pictures and text, where the family's own cannot be had without what it needs for videos.
+    makes the same of pictures and text, where the family's own cannot be had without what it needs for videos. ``two_way`` is for models
+    whose attention is not causal everywhere; their sliding windows stay in the graph. ``first_position`` is the position of row 0.
     """
 
     name: str
@@ -39,6 +53,8 @@ class Architecture:
     tower: Tower | None = None
     image_size: tuple[int, int] | None = None
     processor: str = ""
+    two_way: TwoWay | None = None
+    first_position: int = 0
     rope_types: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
 
     def __str__(self) -> str:

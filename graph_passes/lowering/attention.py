@@ -111,6 +111,8 @@ def refuse_kernel(form: AttentionForm) -> str | None:
 
 def refuse_request(form: AttentionForm) -> str | None:
     """Why TensorRT's parser refuses what is asked of the kernel, or None; writing the operator out gets rid of these too."""
+    if form.softcap:
+        return f"capped scores (softcap {form.softcap:g})"
     if form.causal and form.mask is not None:
         return "is_causal together with a mask"
     if form.mask is not None and not form.boolean_mask and form.mask.dtype != form.dtype:
@@ -126,8 +128,6 @@ def refuse_decomposition(node: ir.Node, form: AttentionForm) -> str | None:
         return "it holds a cache, or gives more than one output"
     if form.flat:
         return "its queries, keys and values have three axes instead of four"
-    if form.softcap:
-        return "it caps its scores (softcap)"
     if form.causal and form.query != form.keys:
         return f"is_causal with {form.query} queries and {form.keys} keys means different things to different engines"
     if form.mask is not None and (form.mask_shape[-1] != form.keys or not 2 <= len(form.mask_shape) <= 4):

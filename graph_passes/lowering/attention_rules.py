@@ -122,7 +122,7 @@ ATTENTION_RULES: Final = (
     Rule(
         "attention-softcap",
         seen="softcap 30: 'Setting softcap is not supported in TensorRT Attention'; 0 builds",
-        fix="write the operator out in the exported graph: capped scores are not lowered",
+        fix=_LOWER,
         find=_find_softcap,
     ),
     Rule(

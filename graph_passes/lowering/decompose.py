@@ -26,9 +26,10 @@ class DecomposeAttention(ir.passes.InPlacePass):
 
     After::
 
-        q * scale -> [B, G, H/G * S, d] -> MatMul k^T -> Where(mask) -> Softmax -> MatMul v -> [B, H, S, d]
+        q * scale -> [B, G, H/G * S, d] -> MatMul k^T -> (cap) -> Where(mask) -> Softmax -> MatMul v -> [B, H, S, d]
 
-    Operators that cannot be written out (a cache inside, capped scores, 3-D operands) stay; lint names them.
+    Scores are capped before they are masked, as ONNX Runtime does it. Operators that cannot be written out (a cache inside, 3-D operands)
+    stay; lint names them.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -84,6 +85,8 @@ def _write_attention(op: Op, node: ir.Node, form: AttentionForm, masks: _Masks) 
     scale = d**-0.5 if form.scale is None else form.scale
     q = op.Reshape(op.Mul(q, scale), [b, g, h // g * s, d])
     scores = op.MatMul(q, op.Transpose(k, perm=[0, 1, 3, 2]))  # [B, G, H/G * S, T]
+    if form.softcap:
+        scores = op.Mul(op.Tanh(op.Div(scores, form.softcap)), form.softcap)
     weights = op.Softmax(_mask_scores(op, scores, form, masks), axis=-1)
     attended = op.Reshape(op.MatMul(weights, v), [b, h, s, form.value_size])
     return attended if form.dtype == _FLOAT else op.Cast(attended, to=form.dtype)

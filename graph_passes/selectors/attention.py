@@ -1,6 +1,6 @@
 """Attention as a layer about to run, or run already, gives it to visual tokens: only the rows of the map that a score reads.
 
-All of it in float32, causal, over real keys only; grouped query heads meet their kv head without repeating it.
+All of it in float32, over the real keys that a row sees in that layer; grouped query heads meet their kv head without repeating it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from sievert.graph_passes.selectors.base import StageInputs, Tap
 from sievert.graph_passes.selectors.rank import FLOAT, Op, cast_float, gather_visual
+from sievert.graph_passes.sight import Places, see
 
 # The lowest float32: a softmax gives it exactly 0 next to any other logit, and a row of nothing else stays finite.
 LOWEST: Final = -3.4028234663852886e38
@@ -68,6 +69,16 @@ def _attend(op: Op, inputs: StageInputs, layer: int, rows: ir.Value, count: int)
     query = op.Reshape(query, [g.batch, g.kv_heads, g.heads // g.kv_heads * count, g.head_size])  # heads of one kv head side by side
     key = cast_float(op, op.Transpose(inputs.taps[Tap("k_rotary", layer)], perm=[0, 1, 3, 2]))  # [B, G, d, S]
     logits = op.Reshape(op.MatMul(query, key), [g.batch, g.heads, count, g.sequence])
-    causal = op.LessOrEqual(op.Range(0, g.sequence, 1), op.Unsqueeze(rows, [2]))  # [B, n, S]
-    visible = op.And(causal, op.Unsqueeze(inputs.real, [1]))
+    if g.softcap:
+        logits = op.Mul(op.Tanh(op.Div(logits, g.softcap)), g.softcap)
+    visible = op.And(_see(op, inputs, layer, rows), op.Unsqueeze(inputs.real, [1]))
     return op.ReduceMean(mask_softmax(op, logits, op.Unsqueeze(visible, [1])), [1], keepdims=0)
+
+
+def _see(op: Op, inputs: StageInputs, layer: int, rows: ir.Value) -> ir.Value:
+    """Which rows each of ``rows[B, n]`` sees in ``layer``: [B, n, S]."""
+    sight, places = inputs.sights.of(layer), inputs.places
+    if sight.causal or places is None:
+        return op.LessOrEqual(op.Range(0, inputs.geometry.sequence, 1), op.Unsqueeze(rows, [2]))
+    block = None if places.block is None else gather_columns(op, places.block, rows)
+    return see(op, sight, Places(gather_columns(op, places.row, rows), block), places)

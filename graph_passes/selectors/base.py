@@ -19,6 +19,7 @@ from sievert.bundle.specs import Geometry
 from sievert.graph_passes.selectors.options import check_values
 from sievert.graph_passes.selectors.rank import limit_topk
 from sievert.graph_passes.selectors.schedule import Schedule
+from sievert.graph_passes.sight import ALL_CAUSAL, Places, Sights
 
 TapKind = Literal[
     "q",  # [B, H, S, d] before rotary, after any q norm
@@ -92,7 +93,8 @@ class StageGeometry:
     """Static numbers of one stage. ``sequence`` (S) and ``visual`` (Nv) are what *enters* it; ``keep`` (K) what it leaves.
 
     ``original_visual`` is the image's number of visual tokens, before any cut; ``since`` the layer of the previous cut, 0 if there is none.
-    ``other_images`` counts rows of the sequence that are visual tokens of other images, which are ranked by themselves.
+    ``other_images`` counts rows of the sequence that are visual tokens of other images, which are ranked by themselves. ``softcap`` bounds
+    the decoder's attention scores, 0 does not.
     """
 
     layer: int
@@ -109,6 +111,7 @@ class StageGeometry:
     original_visual: int
     since: int = 0
     other_images: int = 0
+    softcap: float = 0.0
 
     @property
     def others(self) -> int:
@@ -125,7 +128,7 @@ class StageInputs:
     ``all_text[B, S]`` bool, all real text; ``real[B, S]`` bool, everything but padding, which stands at the end. ``taps`` have the
     model's dtype. ``inputs_embeds[B, S, D]`` is gathered along like a tap. ``carried`` holds the values that earlier stages left, gathered
     likewise; ``visual_scores[B, Nv]`` float32 is there where the selector has a vision tap. ``all_visual_index`` are the rows of all
-    images, where ``visual_index`` is one of several.
+    images, where ``visual_index`` is one of several. ``sights`` are what the decoder's layers attend to, ``places`` what that depends on.
     """
 
     geometry: StageGeometry
@@ -139,6 +142,8 @@ class StageInputs:
     carried: Mapping[str, ir.Value]
     visual_scores: ir.Value | None = None
     all_visual_index: ir.Value | None = None
+    sights: Sights = ALL_CAUSAL
+    places: Places | None = None
 
     def require_visual_scores(self) -> ir.Value:
         """``visual_scores``, for a selector with a vision tap.

@@ -38,7 +38,8 @@ class TokenInputs:
     visual tokens. ``text``: rows of the text after the first visual token, ``all_text``: of all text. ``scale``: what q.k is
     multiplied by, the ``1/sqrt(d)`` of the formulas. ``since``: the layer of the cut before this one, 0 if there is none.
     ``grid``: rows and columns of the picture's patches. ``carried[S]``: what earlier stages left. ``visual_scores[Nv]``: what the
-    vision encoder says, where the selector has a vision tap.
+    vision encoder says, where the selector has a vision tap. ``seen[i]``: which of the stage's rows each row sees in layer i, ``[S, S]``,
+    where that is not plainly causal; ``softcap``: the bound of the decoder's attention scores, 0 without one.
     """
 
     taps: Mapping[Tap, Array]
@@ -55,6 +56,8 @@ class TokenInputs:
     grid: tuple[int, int] = (1, 1)
     carried: Mapping[str, Array] = field(default_factory=dict)
     visual_scores: Array | None = None
+    seen: Mapping[int, NDArray[np.bool_]] = field(default_factory=dict)
+    softcap: float = 0.0
 
     def tap(self, kind: str, layer: int | None = None) -> Array:
         """The tensor ``kind`` of ``layer``, which is the stage's own if not given."""

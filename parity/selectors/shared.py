@@ -9,15 +9,18 @@ from sievert.parity.selectors.base import Array, Index, TokenInputs
 
 
 def attention(inputs: TokenInputs, layer: int, rows: Index) -> Array:
-    """``[R, S]``: the mean over heads of the attention of ``rows`` of ``layer`` to every row at or before them."""
+    """``[R, S]``: the mean over heads of the attention of ``rows`` of ``layer`` to every row that they see in it."""
     q, k = inputs.tap("q_rotary", layer), inputs.tap("k_rotary", layer)
     H, G, S = len(q), len(k), k.shape[1]
     weights = np.zeros((len(rows), S))
     for h in range(H):
         for place, row in enumerate(rows):
             # Row by row, not as a matrix product: equal keys then have equal sums to the last bit, and so score the same.
-            logits = (k[h // (H // G), : row + 1] * q[h, row]).sum(axis=1) * inputs.scale
-            weights[place, : row + 1] += softmax(logits)
+            keys = np.flatnonzero(inputs.seen[layer][row]) if layer in inputs.seen else np.arange(row + 1)
+            logits = (k[h // (H // G), keys] * q[h, row]).sum(axis=1) * inputs.scale
+            if inputs.softcap:
+                logits = inputs.softcap * np.tanh(logits / inputs.softcap)
+            weights[place, keys] += softmax(logits)
     return weights / H
 
 
