@@ -74,13 +74,13 @@ def export(
     target = Path(out) if str(out) else default_place(model)
     require_builders(engines)
     check_place(target.expanduser().resolve(), force=force)
-    geometry = read_geometry(model, image_size=image_size, progress=progress)
+    geometry = read_geometry(model, image_size=image_size, images=images, progress=progress)
     profile = make_profile(
         geometry, batch=batch, decode_batch=decode_batch, images=images, max_text=max_text, max_new_tokens=max_new_tokens
     )
     plans = name_plans(geometry, cuts, positions=positions, name=name, images=images)
     progress("tracing the model")
-    exported = export_model(model, dtype=dtype, image_size=image_size)
+    exported = export_model(model, dtype=dtype, image_size=image_size, images=images)
     progress("writing the weights")
     size = f" --image-size {geometry.image_height}x{geometry.image_width}" if image_size else ""
     command = f"export {model} --dtype {dtype}{size} {describe_profile(profile)}"
@@ -116,14 +116,16 @@ def default_place(model: str | Path) -> Path:
     return Path(f"{Path(model).expanduser().resolve().name or 'model'}-bundle")
 
 
-def read_geometry(model: str | Path, *, image_size: tuple[int, int] | None = None, progress: Progress = silent) -> Geometry:
+def read_geometry(
+    model: str | Path, *, image_size: tuple[int, int] | None = None, images: int = 1, progress: Progress = silent
+) -> Geometry:
     """The numbers of a model, from its small files; a hub id is downloaded. Raises as :func:`export` does for checkpoints."""
     from sievert.exporter.export import DOWNLOADS, examine_checkpoint
 
     progress("reading the configuration")
     hub = str(model).count("/") == 1 and not Path(model).expanduser().exists()
     with contextlib.nullcontext() if not hub else _growing(DOWNLOADS.expanduser(), f"downloading {model}", progress):
-        return examine_checkpoint(model, image_size=image_size).geometry
+        return examine_checkpoint(model, image_size=image_size, images=images).geometry
 
 
 @contextlib.contextmanager

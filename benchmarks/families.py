@@ -53,7 +53,7 @@ def measure(name: str, work: Path, samples: int) -> list[str]:
         sievert.prune(work / "bundle", cuts=(cut,), name=f"{selector}-{layer}")
     built = sievert.build(work / "bundle", engines=[TARGET])
     judged = {
-        (outcome.variant, outcome.engine): outcome.ran or outcome.files
+        (outcome.variant, outcome.engine): outcome.files or outcome.ran
         for outcome in sievert.check(work / "bundle", engines=["onnxruntime", TARGET], samples=samples, tokens=STEPS).outcomes
     }
     verdicts = []

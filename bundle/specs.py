@@ -50,6 +50,7 @@ class Geometry(Record):
     their patch grid (rows, columns), None where they are not one grid: tiles, or line breaks between them. ``vision_layers`` is the
     depth of a vision encoder whose attention can be read, 0 of others; ``class_tokens`` stand before its patches.
     ``position_axes`` is how many numbers a token's position has: 1, or 3 (time, height, width) where rotary embedding takes three.
+    ``images`` is how many images a prompt has whose images become that, 0 where it makes no difference.
     ``visual_planes`` is how many of the first layers add features of the pictures to their output (DeepStack).
     """
 
@@ -75,6 +76,7 @@ class Geometry(Record):
     class_tokens: int = 0
     position_axes: int = 1
     visual_planes: int = 0
+    images: int = 0
 
     @property
     def picture_shape(self) -> tuple[int, ...]:

@@ -84,9 +84,11 @@ def read_geometry(checkpoint: Checkpoint, config: PreTrainedConfig, trial: Trial
         visual_tokens=trial.visual,
         picture=trial.picture,
         layout=trial.layout,
+        images=trial.images,
         vision_layers=0 if architecture.tower is None else vision.num_hidden_layers,
         class_tokens=0 if architecture.tower is None else architecture.towers[vision.model_type],
         position_axes=len((getattr(text, "rope_parameters", None) or {}).get("mrope_section") or [0]),
+        visual_planes=len(getattr(vision, "deepstack_visual_indexes", None) or ()),
     )
 
 

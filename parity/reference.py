@@ -28,6 +28,7 @@ from sievert.parity.record import (
     as_index,
     cache_names,
     end_cache_names,
+    plane_name,
     residual_name,
     scores_name,
     step_name,
@@ -66,6 +67,19 @@ class ReferenceState:
     logits: NDArray[np.float64]  # [V]
 
 
+@dataclass(frozen=True)
+class _Merged:
+    """What the model hands its decoder: ``features[Nv, D]``, ``hidden[1, S, D]``, ``positions`` as of :class:`_Walk`, ``planes[Nv, D]``
+    that its first layers add; and the vision encoder's ``scores``.
+    """
+
+    features: torch.Tensor
+    hidden: torch.Tensor
+    positions: torch.Tensor
+    planes: tuple[torch.Tensor, ...]
+    scores: Mapping[VisionTap, NDArray[np.float64]]
+
+
 @dataclass
 class _Walk:
     """A prompt between two layers. ``rows``: the original row of each token that is left; ``visual``: those that were visual tokens.
@@ -80,7 +94,15 @@ class _Walk:
     embeds: Array
     carried: dict[str, Array]
     taps: dict[Tap, Array]
+    planes: tuple[torch.Tensor, ...] = ()  # [Nv, D] each; layer i adds its own to its output, at the visual tokens that are left
     since: int = 0
+
+    def add_plane(self, layer: int) -> None:
+        """Let the output of ``layer`` contain its plane, if it has one."""
+        if layer < len(self.planes):
+            left = np.isin(self.visual, self.rows)
+            self.hidden = self.hidden.clone()
+            self.hidden[0, np.isin(self.rows, self.visual)] += self.planes[layer][left]
 
     def cut(self, layer: int, kept: Index, *, compact: bool) -> None:
         """Go on with ``kept`` and the text, before ``layer``."""
@@ -107,8 +129,8 @@ class Reference:
 
     def embed(self, inputs: ReferenceInputs) -> tuple[torch.Tensor, torch.Tensor]:
         """The projected image features ``[Nv, D]`` and the merged embeddings ``[1, S, D]``, as the model's own forward makes them."""
-        features, hidden, _, _ = self._embed(inputs, ())
-        return features, hidden
+        merged = self._embed(inputs, ())
+        return merged.features, merged.hidden
 
     @torch.inference_mode()
     def prefill(
@@ -120,12 +142,14 @@ class Reference:
         """
         selectors = [by_image(reference_selector(stage.selector, stage.options), inputs.images) for stage in plan.stages]
         wanted = list_taps(plan, selectors, len(self.layers))
-        features, hidden, positions, seen = self._embed(inputs, [selector.vision_tap for selector in selectors if selector.vision_tap])
-        arrays: dict[str, NDArray[Any]] = {VISION: _numpy(features), EMBEDDINGS: _numpy(hidden[0])}
+        merged = self._embed(inputs, [selector.vision_tap for selector in selectors if selector.vision_tap])
+        hidden, positions, seen = merged.hidden, merged.positions, merged.scores
+        arrays: dict[str, NDArray[Any]] = {VISION: _numpy(merged.features), EMBEDDINGS: _numpy(hidden[0])}
+        arrays |= {plane_name(layer): _numpy(plane) for layer, plane in enumerate(merged.planes)}
         for scores in seen.values():
             arrays[VISUAL_SCORES] = scores
         visual = as_index(np.flatnonzero(as_index(inputs.input_ids) == self.image_token_id))
-        walk = _Walk(hidden, positions, np.arange(hidden.shape[1]), visual, _numpy(hidden[0]), {}, {})
+        walk = _Walk(hidden, positions, np.arange(hidden.shape[1]), visual, _numpy(hidden[0]), {}, {}, merged.planes)
         stages = {stage.layer: index for index, stage in enumerate(plan.stages)}
         traces: list[StageTrace] = []
         cache = DynamicCache()
@@ -144,6 +168,7 @@ class Reference:
                 walk.cut(number, trace.kept, compact=plan.positions == "compact")
             later = wanted[len(traces)] if len(traces) < len(wanted) else ()
             walk.hidden = self._look(walk, number, _kinds(later, number), cache)
+            walk.add_plane(number)
         logits = _numpy(self.model.lm_head(self.text.norm(walk.hidden[:, -1:]))[0, -1])
         state = ReferenceState(cache, plan, len(visual), int(positions.max()) + 1, positions.ndim - 1, logits)
         arrays[LOGITS] = logits
@@ -192,10 +217,8 @@ class Reference:
         return output
 
     @torch.inference_mode()
-    def _embed(
-        self, inputs: ReferenceInputs, taps: Sequence[VisionTap]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[VisionTap, NDArray[np.float64]]]:
-        """:meth:`embed`, the positions that the model gives its decoder, and what the vision encoder says meanwhile."""
+    def _embed(self, inputs: ReferenceInputs, taps: Sequence[VisionTap]) -> _Merged:
+        """:meth:`embed`, what else the model gives its decoder, and what the vision encoder says meanwhile."""
         pixels = torch.from_numpy(np.asarray(inputs.pixel_values, np.float32)).to(self.rounded_to).to(self.dtype)
         ids = torch.from_numpy(as_index(inputs.input_ids))
         others = {name: torch.from_numpy(np.asarray(array)) for name, array in inputs.processed.items()}
@@ -207,7 +230,8 @@ class Reference:
         # Before several axes some models put the row numbers that packed prompts are told apart by.
         several = None if given is None or given.ndim == ids[None].ndim else given[-_AXES:]  # axes, batch, sequence
         positions = torch.arange(hidden.shape[1])[None] if several is None else several
-        return hidden[0, ids == self.image_token_id], hidden, positions, scores
+        planes = tuple(arguments.get("deepstack_visual_embeds") or ())
+        return _Merged(hidden[0, ids == self.image_token_id], hidden, positions, planes, scores)
 
     def _look(self, walk: _Walk, number: int, kinds: Sequence[str], cache: Any = None) -> torch.Tensor:
         """Run layer ``number`` and take down ``kinds`` of it; without a cache it is only looked at, and not run where that will do."""

@@ -77,8 +77,8 @@ class Prompter:
     def prepare(self, images: Sequence[Pictures], prompts: Sequence[str], *, template: bool = True) -> PromptBatch:
         """One row per prompt, about the picture (or the pictures) at the same place; a single place serves all prompts.
 
-        With ``template`` a prompt is a user's question, put behind the images; without, it is the model's whole input, with an image token
-        wherever an image belongs. Where it holds none they are put in front (after the first token, where the prompt writes that).
+        With ``template`` a prompt is a user's question, without it is the model's whole input. Either may hold an image token wherever an
+        image belongs; where it holds none they are put in front (after the first token, where the prompt writes that).
 
         Raises:
             ImageError: a picture that cannot be read, or that the processor does not bring to the model's size.
@@ -119,7 +119,7 @@ class Prompter:
             raise PromptError("the prompt is empty: ask something about the image")
         text = prompt
         if template:
-            content = [*[{"type": "image"}] * images, {"type": "text", "text": prompt}]
+            content = self._content(prompt)
             if self._processor.chat_template is None:
                 raise PromptError(_NO_TEMPLATE)
             text = self._processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
@@ -130,9 +130,20 @@ class Prompter:
             number, what = ("one", "a variant takes one image") if images == 1 else (str(images), f"this variant takes {images} images")
             raise PromptError(
                 f"the prompt has {count} image tokens ({self.image_token}), expected {images}: "
-                + (f"leave them out, the template places {number}" if template and count > images else f"{what} per prompt")
+                + (f"leave them out, the template places {number}, or name each once" if template and count > images else f"{what} per prompt")
             )
         return text
+
+    def _content(self, prompt: str) -> list[dict[str, str]]:
+        """A user's message in the parts that templates take: images where the prompt names every one of them, else all in front."""
+        images, image = self.profile.images, {"type": "image"}
+        if prompt.count(self.image_token) != images:
+            return [*[image] * images, {"type": "text", "text": prompt}]
+        parts: list[dict[str, str]] = []
+        for number, words in enumerate(prompt.split(self.image_token)):
+            parts += [image] if number else []
+            parts += [{"type": "text", "text": words}] if words.strip() else []
+        return parts
 
     def _process(self, pictures: Sequence[Image.Image], prompt: str, template: bool) -> _Row:
         text = self._text(prompt, template)
@@ -142,7 +153,7 @@ class Prompter:
         sizes = ", ".join(f"{picture.width}x{picture.height}" for picture in pictures)
         try:
             made = self._processor(
-                text=[text], images=list(pictures), add_special_tokens=special, padding=False, truncation=False, return_tensors="np"
+                text=[text], images=[list(pictures)], add_special_tokens=special, padding=False, truncation=False, return_tensors="np"
             )
             values = {name: np.asarray(made[name]) for name in made}
             seen = split_pictures(values, len(pictures))

@@ -10,6 +10,7 @@ from sievert.exporter.architectures.mistral3 import MISTRAL3
 from sievert.exporter.architectures.pixtral import PIXTRAL
 from sievert.exporter.architectures.qwen2_5_vl import QWEN2_5_VL
 from sievert.exporter.architectures.qwen2_vl import QWEN2_VL
+from sievert.exporter.architectures.qwen3_vl import QWEN3_VL
 from sievert.exporter.architectures.smolvlm import SMOLVLM
 
 ARCHITECTURES: tuple[Architecture, ...] = (
@@ -23,6 +24,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     MISTRAL3,
     QWEN2_VL,
     QWEN2_5_VL,
+    QWEN3_VL,
 )
 
 __all__ = ["ARCHITECTURES", "Architecture", "supported"]
