@@ -51,6 +51,8 @@ def split_pictures(values: Mapping[str, Any], count: int) -> Pictures:
         if array.size > _FEW * count:
             masked += [name] if not array.all() else []
             continue
+        if array.dtype.kind == "f":  # seconds of a video: not of its shape
+            continue
         rows = np.broadcast_to(array.reshape(1, -1), (count, array.size)) if array.size % count else array.reshape(count, -1)
         for own, row in zip(layout, rows, strict=True):
             own[name] = tuple(int(number) for number in row)

@@ -51,6 +51,8 @@ class Profile(Record):
             ProfileError: more positions than the model was built for, another count of visual tokens, or another number of images than
                 the bundle's images were encoded for.
         """
+        if geometry.film and self.images > 1:
+            raise ProfileError(f"images={self.images}, but a prompt of this bundle has one video: leave --images out")
         if geometry.images not in (0, self.images):
             raise ProfileError(
                 f"images={self.images}, but the bundle was exported for {geometry.images} per prompt, and this model encodes an image "

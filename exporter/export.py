@@ -75,12 +75,13 @@ class Examined:
 
 
 def examine_checkpoint(
-    model: str | Path, *, image_size: tuple[int, int] | None = None, images: int = 1, downloads: Path = DOWNLOADS
+    model: str | Path, *, image_size: tuple[int, int] | None = None, images: int = 1, frames: int = 0, downloads: Path = DOWNLOADS
 ) -> Examined:
     """Everything that can be said of a checkpoint before its weights are read, in about a second; a hub id is downloaded.
 
     ``image_size`` is (height, width) of the pictures to export for, in pixels; by default the model's own. ``images`` are those of a
-    prompt: some models encode a picture otherwise where there are several.
+    prompt: some models encode a picture otherwise where there are several. With ``frames`` a prompt has one video of so many in place of
+    a picture.
 
     Raises:
         CheckpointError: no checkpoint, or one that is incomplete or unsafe to read.
@@ -92,7 +93,7 @@ def examine_checkpoint(
     text = config.get_text_config()
     check_decoder(text, checkpoint.architecture, given=checkpoint.given)
     size = choose_size(checkpoint, config, image_size)
-    trial = try_processor(checkpoint, config, size, images)
+    trial = try_processor(checkpoint, config, size, images=images, frames=frames)
     geometry = read_geometry(checkpoint, config, trial, size, window=take_sliding_window(text))
     return Examined(checkpoint, config, geometry, trial.arrays)
 
@@ -103,9 +104,11 @@ def export_model(
     dtype: DType = "float32",
     image_size: tuple[int, int] | None = None,
     images: int = 1,
+    frames: int = 0,
     downloads: Path = DOWNLOADS,
 ) -> Exported:
-    """Trace a checkpoint: a local folder, or a hub id that is downloaded below ``downloads`` first, for prompts of ``images`` pictures.
+    """Trace a checkpoint: a local folder, or a hub id that is downloaded below ``downloads`` first, for prompts of ``images`` pictures, or
+    of a video of ``frames``.
 
     Graphs have symbolic ``batch``, ``sequence`` and ``visual``: ``vision_encoder`` pixel_values[B, C, H, W] to the image_features[B, n, D]
     of one image each, or pixel_values[1, *picture] of a single one of ``image_size`` to these and the planes deepstack.{i} of the same
@@ -121,7 +124,7 @@ def export_model(
         GraphError: tracing gave a graph without the structure the passes need.
     """
     precision = torch_dtype(dtype)
-    examined = examine_checkpoint(model, image_size=image_size, images=images, downloads=downloads)
+    examined = examine_checkpoint(model, image_size=image_size, images=images, frames=frames, downloads=downloads)
     checkpoint, config, geometry = examined.checkpoint, examined.config, examined.geometry
     logger.info("loading %s as %s", checkpoint.given, dtype)
     to_trace = load_to_trace(checkpoint, config, precision)
@@ -153,7 +156,7 @@ def export_model(
         tuple(loaded.state_dict()),
         checkpoint.folder,
         checkpoint.files,
-        checkpoint.architecture.processor,
+        "" if geometry.film else checkpoint.architecture.processor,
     )
 
 
@@ -161,7 +164,9 @@ def _vision_encoder(loaded: PreTrainedModel, examined: Examined, dtype: torch.dt
     module: torch.nn.Module
     pictures, axes, outputs = 1, dict[str, tuple[str, ...]](pixel_values=()), vision_outputs(examined.geometry.visual_planes)
     if examined.checkpoint.architecture.tower is None:
-        module = picture_encoder(loaded, processed=examined.processed)
+        video = examined.checkpoint.architecture.video if examined.geometry.film else None
+        names = {} if video is None else {"method": video.features, "pixels": video.pixels}
+        module = picture_encoder(loaded, processed=examined.processed, **names)
     else:
         module, pictures, axes = vision_encoder(loaded, examined.checkpoint.architecture.tower), 2, {"pixel_values": (BATCH,)}
     pixels = torch.zeros(pictures, *examined.geometry.picture_shape, dtype=dtype)

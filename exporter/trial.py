@@ -14,9 +14,12 @@ from PIL import Image
 from transformers import PreTrainedConfig
 
 from sievert.bundle.errors import CheckpointError, UnsupportedModelError
-from sievert.bundle.pictures import PIXELS, Pictures, first_picture, same_layout, split_pictures
+from sievert.bundle.films import process_film, rename_pixels, stamp
+from sievert.bundle.pictures import OF_TEXT, PIXELS, Pictures, first_picture, same_layout, split_pictures
 from sievert.bundle.processor import choose_processor
+from sievert.bundle.specs import Film
 from sievert.exporter.checkpoint import Checkpoint
+from sievert.exporter.films import choose_film
 from sievert.exporter.quiet import quiet
 
 logger = logging.getLogger(__name__)
@@ -24,8 +27,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Trial:
-    """``arrays`` are the processor's for one picture, as it shapes them; it has ``visual`` tokens. ``picture``, ``layout`` and ``images``
-    are those of :class:`~sievert.bundle.specs.Geometry`.
+    """``arrays`` are the processor's for one picture, as it shapes them; it has ``visual`` tokens. ``picture``, ``layout``, ``images``
+    and ``film`` are those of :class:`~sievert.bundle.specs.Geometry`.
     """
 
     processor: Any
@@ -34,6 +37,7 @@ class Trial:
     picture: tuple[int, ...]
     layout: dict[str, tuple[int, ...]]
     images: int
+    film: Film | None = None
 
 
 @dataclass(frozen=True)
@@ -51,35 +55,38 @@ class _Made:
         return shapes[0] == shapes[1] and self.visual == other.visual and same_layout(*layouts)
 
 
-def try_processor(checkpoint: Checkpoint, config: PreTrainedConfig, size: tuple[int, int], images: int = 1) -> Trial:
+def try_processor(checkpoint: Checkpoint, config: PreTrainedConfig, size: tuple[int, int], *, images: int = 1, frames: int = 0) -> Trial:
     """Load the checkpoint's processor and give it prompts of one, and of several, pictures of ``size`` (height, width).
 
-    What it makes of a picture may depend on how many there are; the trial then is of prompts of ``images``.
+    What it makes of a picture may depend on how many there are; the trial then is of prompts of ``images``. With ``frames`` it is of a
+    prompt of one video of so many.
 
     Raises:
         CheckpointError: it cannot be loaded, fails, or was made for another model.
         UnsupportedModelError: it hides pixels of a picture of this size, or takes no prompt of so many.
     """
     given, text = checkpoint.given, config.get_text_config()
-    image_token = int(config.image_token_id)
+    video = checkpoint.architecture.video if frames else None
+    image_token = int(getattr(config, video.visual) if video else config.image_token_id)
     if not 0 <= image_token < text.vocab_size:
         raise CheckpointError(
             f"{given}: the image token {image_token} lies outside the embedding table of {text.vocab_size} rows: resize the embeddings "
             "(model.resize_token_embeddings) and save the checkpoint again"
         )
-    processor = _load(checkpoint)
+    processor = _load(checkpoint, videos=bool(frames))
     tokenizer = processor.tokenizer
     if len(tokenizer) > text.vocab_size:
         raise CheckpointError(
             f"{given}: the tokenizer has {len(tokenizer)} tokens but the embedding table {text.vocab_size} rows: they are of two models"
         )
+    if frames:
+        return _try_film(checkpoint, config, processor, image_token, size, frames)
     token = tokenizer.convert_ids_to_tokens(image_token)
     if token != getattr(processor, "image_token", token):
         raise CheckpointError(f"{given}: the model's image token is {token!r} ({image_token}), the processor's {processor.image_token!r}")
     one, several = _process(given, processor, image_token, size, 1), _process_several(processor, image_token, size, max(images, 2))
-    made, fixed = one, 0
-    if several is None or not several.like(one):
-        made, fixed = one if images == 1 else several, images
+    same = several is not None and several.like(one)
+    made, fixed = one if same or images == 1 else several, 0 if same else images
     if made is None:
         raise UnsupportedModelError(f"{given}: its processor takes no prompt of {images} images: leave --images out")
     if made.pictures.masked:
@@ -89,6 +96,22 @@ def try_processor(checkpoint: Checkpoint, config: PreTrainedConfig, size: tuple[
         )
     arrays = {**made.arrays, PIXELS: made.arrays[PIXELS].astype(np.float32)}
     return Trial(processor, arrays, made.visual, made.pictures.pixels.shape[1:], dict(made.pictures.layout[0]), fixed)
+
+
+def _try_film(
+    checkpoint: Checkpoint, config: PreTrainedConfig, processor: Any, video_token: int, size: tuple[int, int], frames: int
+) -> Trial:
+    """A prompt of one video, one frame a second."""
+    film = choose_film(checkpoint, config, processor, size, frames)
+    try:
+        with quiet("trying the processor"):
+            made = process_film(processor, film, [_picture(*size)] * frames, stamp(frames, range(frames), 1.0), film.place)
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, ImportError) as error:
+        raise CheckpointError(f"{checkpoint.given}: its processor fails on a video of {frames} frames ({error})") from error
+    visual = int((made["input_ids"] == video_token).sum())
+    pictures = split_pictures(rename_pixels(made, film), 1)
+    arrays = {name: array for name, array in made.items() if name not in OF_TEXT}
+    return Trial(processor, arrays, visual, pictures.pixels.shape[1:], dict(pictures.layout[0]), 1, film)
 
 
 def _process(given: str, processor: Any, image_token: int, size: tuple[int, int], images: int) -> _Made:
@@ -127,12 +150,12 @@ def _picture(height: int, width: int) -> Image.Image:
     return Image.fromarray(noise)
 
 
-def _load(checkpoint: Checkpoint) -> Any:
+def _load(checkpoint: Checkpoint, *, videos: bool) -> Any:
     pictures: Any = transformers.AutoImageProcessor
     options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
     try:
         with quiet("loading the processor"):
-            kind = choose_processor(checkpoint.folder, transformers, checkpoint.architecture.processor)
+            kind = choose_processor(checkpoint.folder, transformers, "" if videos else checkpoint.architecture.processor)
             processor = kind.from_pretrained(checkpoint.folder, **options)
             if hasattr(processor, "image_processor"):
                 processor.image_processor = pictures.from_pretrained(checkpoint.folder, backend="pil", **options)

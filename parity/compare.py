@@ -28,7 +28,6 @@ from sievert.parity.record import (
     expected_names,
     kept_name,
     order_name,
-    plane_name,
     residual_name,
     scores_name,
     step_name,

@@ -45,14 +45,15 @@ _AXES = 3  # time, height, width
 
 @dataclass(frozen=True)
 class ReferenceInputs:
-    """One prompt: ``input_ids[S]`` int64 with the placeholders of its ``images``, ``pixel_values`` as the model takes them, and what else
-    its processor makes (sizes, grids).
+    """One prompt: ``input_ids[S]`` int64 with the placeholders of its ``images``, ``pixel_values`` as the model takes them under the name
+    ``pixels``, and what else its processor makes (sizes, grids).
     """
 
     input_ids: Index
     pixel_values: NDArray[Any]
     images: int = 1
     processed: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    pixels: str = "pixel_values"
 
 
 @dataclass
@@ -116,14 +117,15 @@ class _Walk:
 class Reference:
     """A vision-language model of transformers; its weights and its forward are left alone.
 
-    ``rounded_to`` is the dtype images are rounded to before they enter, as an engine of that dtype would receive them.
+    ``rounded_to`` is the dtype images are rounded to before they enter, as an engine of that dtype would receive them. ``visual_token``
+    is the id of visual tokens, if not that of images.
     """
 
-    def __init__(self, model: Any, *, rounded_to: torch.dtype = torch.float32) -> None:
+    def __init__(self, model: Any, *, rounded_to: torch.dtype = torch.float32, visual_token: int | None = None) -> None:
         self.model = model.eval()
         self.text = model.get_decoder()
         self.layers: Sequence[Any] = self.text.layers
-        self.image_token_id = int(model.config.image_token_id)
+        self.image_token_id = int(model.config.image_token_id) if visual_token is None else visual_token
         self.rounded_to = rounded_to
         self.dtype = next(model.parameters()).dtype
 
@@ -222,7 +224,7 @@ class Reference:
         pixels = torch.from_numpy(np.asarray(inputs.pixel_values, np.float32)).to(self.rounded_to).to(self.dtype)
         ids = torch.from_numpy(as_index(inputs.input_ids))
         others = {name: torch.from_numpy(np.asarray(array)) for name, array in inputs.processed.items()}
-        others |= {"input_ids": ids[None], "pixel_values": pixels, "attention_mask": torch.ones_like(ids)[None]}
+        others |= {"input_ids": ids[None], inputs.pixels: pixels, "attention_mask": torch.ones_like(ids)[None]}
         with watch_vision(self.model, taps) as scores, stop_before(self.text) as arguments:
             self.model(**others)
         hidden = arguments["inputs_embeds"]

@@ -22,6 +22,21 @@ class Tower:
 
 
 @dataclass(frozen=True)
+class Video:
+    """How a family takes a video: the processor's array ``pixels``, the model's method ``features`` of it, ``visual`` as the key of the id
+    of visual tokens in the config.
+
+    ``whole``: the processor's bounds on pixels are those of all frames together. ``timed``: positions count the seconds between frames.
+    """
+
+    pixels: str = "pixel_values_videos"
+    features: str = "get_video_features"
+    visual: str = "video_token_id"
+    whole: bool = False
+    timed: bool = False
+
+
+@dataclass(frozen=True)
 class Architecture:
     """One family of checkpoints.
 
@@ -29,7 +44,8 @@ class Architecture:
     vision tower to its leading class tokens; ``decoders`` are model types. Without a ``tower`` the vision encoder is whatever the model
     does to one picture of the size that was asked for, ``image_size`` (height, width) by default, or the configuration's own where
     that is None too. ``rope_types`` are those whose tables do not depend on the data. ``processor`` names a class of transformers that
-    makes the same of pictures and text, where the family's own cannot be had without what it needs for videos.
+    makes the same of pictures and text, where the family's own cannot be had without what it needs for videos. Without a ``video`` there
+    is no export for videos.
     """
 
     name: str
@@ -39,6 +55,7 @@ class Architecture:
     tower: Tower | None = None
     image_size: tuple[int, int] | None = None
     processor: str = ""
+    video: Video | None = None
     rope_types: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
 
     def __str__(self) -> str:

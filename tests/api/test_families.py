@@ -52,7 +52,7 @@ def bundle(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle with `full` and a pruned variant, beside its checkpoint and data. Not to be changed."""
     folder, (width, height) = tmp_path_factory.mktemp("family"), PICTURES[family]
     checkpoint = make_family(family, folder / "checkpoint", layers=3, vision={"depth": 3} if "qwen" in family else {"num_hidden_layers": 2})
-    sizes = {"image_size": (height, width), "images": 2, "batch": 2, "max_text": 40, "max_new_tokens": 3}
+    sizes: dict[str, Any] = {"image_size": (height, width), "images": 2, "batch": 2, "max_text": 40, "max_new_tokens": 3}
     sievert.export(checkpoint, folder / "bundle", cuts=(sievert.Cut(layer=1, keep="40%"),), **sizes)
     rng, place = np.random.default_rng(0), CASES[family].place
     for name in "abc":
