@@ -78,8 +78,8 @@ def _load_animation(path: Path, fps: float) -> Video:
                     raise ImageError(f"video {path.name} has {count} frames, more than {_MOST}: give fewer")
                 frames, seconds = list[Image.Image](), 0.0
                 for frame in ImageSequence.Iterator(picture):
-                    seconds += float(frame.info.get("duration", 0)) / 1000
                     frames.append(frame.convert("RGB"))
+                    seconds += float(frame.info.get("duration", 0)) / 1000  # some formats say it when a frame is decoded
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         raise ImageError(f"video {path.name} cannot be read ({error}): give a folder of pictures, or an animated GIF or WebP") from error
     return Video(tuple(frames), fps or (len(frames) / seconds if seconds else FPS))
