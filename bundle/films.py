@@ -51,6 +51,7 @@ class FrameProcessor:
 
     def __init__(self, film: Film, times: FrameTimes) -> None:
         self._film, self._times = film, times
+        self.num_frames, self.fps = film.frames, times.sampled_fps
         self.merge_size, self.temporal_patch_size, self.patch_size = film.merge, film.temporal, film.patch
 
     def __call__(self, videos: Sequence[NDArray[np.uint8]], **_: Any) -> dict[str, Any]:
@@ -67,11 +68,12 @@ def process_film(
 
     ``frames`` are RGB, all of the film's size and as many as it has. Raises what the processor raises.
     """
+    before = getattr(processor, "video_processor", None)
     processor.video_processor = FrameProcessor(film, times)
     try:
         made = processor(text=[text], videos=[np.stack([np.asarray(frame) for frame in frames])], return_tensors="np", **options)
     finally:
-        del processor.video_processor
+        processor.video_processor = before
     arrays = {name: np.asarray(made[name]) for name in made}
     if SECONDS in arrays:
         arrays[SECONDS] = arrays[SECONDS].astype(np.float32)  # as PyTorch gives it: positions are cut to integers

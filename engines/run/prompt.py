@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from sievert.bundle.errors import BundleError, ImageError, ProfileError, PromptError
-from sievert.bundle.films import GRID, SECONDS, FrameTimes, process_film, rename_pixels
+from sievert.bundle.films import GRID, SECONDS, FrameProcessor, FrameTimes, process_film, rename_pixels, stamp
 from sievert.bundle.pictures import same_layout, split_pictures
 from sievert.bundle.processor import choose_processor
 from sievert.bundle.profile import Profile
@@ -72,6 +72,8 @@ class Prompter:
         self.geometry = geometry
         self.profile = profile
         self._processor = load_processor(folder)
+        if film := geometry.film:  # templates may ask it how many frames there are
+            self._processor.video_processor = FrameProcessor(film, stamp(film.frames, range(film.frames), 1.0))
         self.tokenizer: Any = self._processor.tokenizer
         image_token: str = self.tokenizer.convert_ids_to_tokens(geometry.image_token_id)
         # What marks the place of an image, or of a video, in a prompt.
