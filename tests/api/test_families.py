@@ -140,11 +140,14 @@ def test_the_ids_of_positions_are_the_models_own(family: str, bundle: Path):
         assert batch.shifts[row] == int(delta)
 
 
-def test_a_question_about_a_video_from_the_command_line(family: str, bundle: Path, tmp_path: Path):
+def test_questions_from_the_command_line(family: str, bundle: Path, tmp_path: Path):
     film, picture = bundle.parent / "film", bundle.parent / "a.png"
     if not CASES[family].sizes.get("frames"):
         wrong = command("run", bundle, "--video", film, "--prompt", "what")
         assert wrong.code == 2 and "a video, but this variant takes images" in wrong.err, wrong.all
+        Image.open(picture).resize((64, 16)).save(tmp_path / "wide.png")
+        wrong = command("run", bundle, *("--image", tmp_path / "wide.png") * 2, "--prompt", "what")
+        assert wrong.code == 2 and "images of 64x16 pixels became" in " ".join(wrong.err.split()), wrong.all
         return
     for source in (("--video", film), ("--video", film, "--fps", 5), [word for _ in range(4) for word in ("--image", film / "0.png")]):
         said = command("run", bundle, *source, "--prompt", "what colour")

@@ -41,6 +41,7 @@ def test_every_number(tmp_path: Path):
         "position_axes": 1,
         "visual_planes": 0,
         "images": 0,
+        "film": None,
     }
 
 
