@@ -93,6 +93,10 @@ def test_settings_of_videos_come_from_wherever_a_checkpoint_keeps_them(tmp_path:
     (folder / "video_preprocessor_config.json").write_text(json.dumps({**own, "image_mean": [0.1, 0.2, 0.3]}))
     film = examine(folder, (32, 64), 4).film
     assert film is not None and film.mean == (0.1, 0.2, 0.3)
+    bounds = {"min_pixels": 32 * 64 + 1, "max_pixels": MOST}  # the names of older checkpoints
+    (folder / "video_preprocessor_config.json").write_text(json.dumps({"temporal_patch_size": 2, **bounds}))
+    with pytest.raises(InputError, match="resizes what has not 2049..16384"):
+        examine(folder, (32, 64), 4)
     (folder / "video_preprocessor_config.json").write_text(json.dumps({**own, "do_normalize": False}))
     with pytest.raises(UnsupportedModelError, match="leaves out a step for videos .do_normalize"):
         examine(folder, (32, 64), 4)
