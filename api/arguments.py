@@ -53,6 +53,10 @@ DecodeBatch = Annotated[
     int | None, Option("--decode-batch", metavar="N", help="Answers written at once. Default: as --batch.", rich_help_panel=_SIZE)
 ]
 Images = Annotated[int, Option("--images", metavar="N", help="Images in each prompt.", rich_help_panel=_SIZE)]
+Frames = Annotated[
+    int,
+    Option("--frames", metavar="N", help="Each prompt has a video of N frames in place of images. 0: none.", rich_help_panel=_SIZE),
+]
 ImageSize = Annotated[
     str,
     Option(
@@ -146,6 +150,28 @@ ImageFiles = Annotated[
         help="PNG, JPEG, WEBP, BMP, GIF or TIFF. Repeat it where a prompt has several images, in their order.",
         show_default=False,
     ),
+]
+SomeImageFiles = Annotated[
+    list[str] | None,
+    Option(
+        "--image",
+        metavar="FILE",
+        help="PNG, JPEG, WEBP, BMP, GIF or TIFF. Repeat it for several images, or the frames of a video, in their order.",
+        show_default=False,
+    ),
+]
+VideoSource = Annotated[
+    str,
+    Option(
+        "--video",
+        metavar="DIR|FILE",
+        help="A folder of frames (in the order of their names), or an animated GIF or WebP, for a bundle exported with --frames.",
+        show_default=False,
+    ),
+]
+FramesPerSecond = Annotated[
+    float | None,
+    Option("--fps", metavar="N", help="Frames a second of --video. Default: what an animation says, else 2.", show_default=False),
 ]
 Prompts = Annotated[
     list[str],

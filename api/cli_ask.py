@@ -68,8 +68,10 @@ def check(
 
 def run(
     bundle: a.BundlePath,
-    image: a.ImageFiles,
     prompt: a.Prompts,
+    image: a.SomeImageFiles = None,
+    video: a.VideoSource = "",
+    fps: a.FramesPerSecond = None,
     variant: a.OneVariant = "",
     engine: a.Engine = "onnxruntime",
     max_new_tokens: a.Limit = None,
@@ -79,12 +81,17 @@ def run(
     raw_prompt: a.RawPrompt = False,
     show_kept: a.KeptFile = None,
 ) -> None:
-    """Ask about an image, or several. Answers go to the standard output, all else to the error output."""
+    """Ask about an image, or several, or a video. Answers go to the standard output, all else to the error output."""
     from sievert.bundle.errors import InputError
+    from sievert.engines.run.videos import load_video
     from sievert.running import run as ask
 
     if show_kept is not None and show_kept.suffix.lower() != ".png":
         raise InputError(f"--show-kept {show_kept}: give a file name that ends in .png")
+    if bool(image) == bool(video):
+        raise InputError("give what the question is about: either --image, once for each image, or --video")
+    if fps is not None and not video:
+        raise InputError("--fps is the rate of --video: leave it out, or give a video")
     if show_kept is not None:
         require_folder(show_kept)
     screen = Screen()
@@ -92,7 +99,7 @@ def run(
     with screen.progress() as progress:
         found = ask(
             bundle,
-            image,
+            image or load_video(video, 0.0 if fps is None else fps),
             prompt,
             variant=variant,
             engine=engine,

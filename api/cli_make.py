@@ -31,6 +31,7 @@ def export(
     decode_batch: a.DecodeBatch = None,
     images: a.Images = 1,
     image_size: a.ImageSize = "",
+    frames: a.Frames = 0,
     engine: a.SomeEngines = None,
     force: a.Force = False,
 ) -> None:
@@ -62,6 +63,7 @@ def export(
             batch=batch,
             decode_batch="auto" if decode_batch is None else decode_batch,
             images=images,
+            frames=frames,
             engines=engine or ["onnxruntime"],
             force=force,
             progress=progress,

@@ -50,6 +50,7 @@ def export(
     batch: int = 1,
     decode_batch: Size = "auto",
     images: int = 1,
+    frames: int = 0,
     engines: Sequence[str] = ("onnxruntime",),
     force: bool = False,
     progress: Progress = silent,
@@ -57,8 +58,9 @@ def export(
     """Export ``model`` (a folder or a hub id) to a new bundle at ``out``: by default ``NAME-bundle`` in the current folder.
 
     The variant ``full`` is always made; ``cuts``, or in their place a ``plan`` or the YAML file of one, make a pruned one beside it, none
-    at all if empty. Then the engines are built. ``images`` is how many each prompt has.
-    What was asked for is checked against the model's configuration before its weights are read. ``force`` replaces a bundle.
+    at all if empty. Then the engines are built. ``images`` is how many each prompt has; ``frames``, if not 0, how many the
+    video has that each prompt has instead. What was asked for is checked against the model's configuration before its weights are read.
+    ``force`` replaces a bundle.
 
     Raises:
         CheckpointError, UnsupportedModelError: no checkpoint, or one that is not exported.
@@ -74,15 +76,16 @@ def export(
     target = Path(out) if str(out) else default_place(model)
     require_builders(engines)
     check_place(target.expanduser().resolve(), force=force)
-    geometry = read_geometry(model, image_size=image_size, progress=progress)
+    geometry = read_geometry(model, image_size=image_size, images=images, frames=frames, progress=progress)
     profile = make_profile(
         geometry, batch=batch, decode_batch=decode_batch, images=images, max_text=max_text, max_new_tokens=max_new_tokens
     )
     plans = name_plans(geometry, cuts, positions=positions, name=name, images=images)
     progress("tracing the model")
-    exported = export_model(model, dtype=dtype, image_size=image_size)
+    exported = export_model(model, dtype=dtype, image_size=image_size, images=images, frames=frames)
     progress("writing the weights")
     size = f" --image-size {geometry.image_height}x{geometry.image_width}" if image_size else ""
+    size += f" --frames {frames}" if frames else ""
     command = f"export {model} --dtype {dtype}{size} {describe_profile(profile)}"
     bundle = write_bundle(exported, target.expanduser(), force=force, command=command)
     del exported  # the weights: gigabytes that engines are built without
@@ -116,14 +119,16 @@ def default_place(model: str | Path) -> Path:
     return Path(f"{Path(model).expanduser().resolve().name or 'model'}-bundle")
 
 
-def read_geometry(model: str | Path, *, image_size: tuple[int, int] | None = None, progress: Progress = silent) -> Geometry:
+def read_geometry(
+    model: str | Path, *, image_size: tuple[int, int] | None = None, images: int = 1, frames: int = 0, progress: Progress = silent
+) -> Geometry:
     """The numbers of a model, from its small files; a hub id is downloaded. Raises as :func:`export` does for checkpoints."""
     from sievert.exporter.export import DOWNLOADS, examine_checkpoint
 
     progress("reading the configuration")
     hub = str(model).count("/") == 1 and not Path(model).expanduser().exists()
     with contextlib.nullcontext() if not hub else _growing(DOWNLOADS.expanduser(), f"downloading {model}", progress):
-        return examine_checkpoint(model, image_size=image_size).geometry
+        return examine_checkpoint(model, image_size=image_size, images=images, frames=frames).geometry
 
 
 @contextlib.contextmanager

@@ -72,7 +72,8 @@ def run(
     on_text: OnText = lambda _, __: None,
     progress: Progress = silent,
 ) -> Answers:
-    """Answer prompts about one image, or a list of as many as the variant takes per prompt; their features are computed once.
+    """Answer prompts about one image, or a list of as many as the variant takes per prompt, or a video
+    (:func:`sievert.engines.run.videos.load_video`); their features are computed once.
 
     An empty ``variant`` means the only pruned one, or ``full`` where there is none. ``max_new_tokens`` ``auto`` is what the variant
     has room for. Without ``template`` a prompt is the model's whole input, with an image token where each image belongs (in front, if it

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from sievert.bundle.manifest import Manifest
-from sievert.bundle.specs import TensorSpec
+from sievert.bundle.specs import Geometry, TensorSpec
 from sievert.inspecting import Inspection
 from sievert.tables import VARIANT_COLUMNS, describe_bytes, make_table, place_graph, summarise_source, variant_row
 
@@ -18,6 +18,7 @@ from sievert.tables import VARIANT_COLUMNS, describe_bytes, make_table, place_gr
 def inspection(found: Inspection, *, tensors: bool) -> Iterable[Table | str]:
     """Everything there is to see, one part after the other. ``tensors`` names each one, and all weights."""
     yield f"[bold]{escape(found.path.name)}[/]  {summarise_source(found.manifest)}"
+    yield describe_input(found.manifest.geometry)
     yield _sizes(found)
     yield _variants(found)
     yield _engines(found.manifest)
@@ -26,6 +27,17 @@ def inspection(found: Inspection, *, tensors: bool) -> Iterable[Table | str]:
         yield _weights(found.manifest)
     yield _lint(found)
     yield _history(found.manifest)
+
+
+def describe_input(geometry: Geometry) -> str:
+    """What a prompt is about, and the visual tokens it becomes."""
+    g, film = geometry, geometry.film
+    grid = f" ({g.grid[0]} rows, {g.grid[1]} columns)" if g.grid and g.grid[0] * g.grid[1] == g.visual_tokens else ""
+    size = f"{g.image_height}x{g.image_width} pixels (height x width)"
+    if film is not None:
+        return f"A video of {film.frames} frames of {size}: {g.visual_tokens} visual tokens"
+    number = f"; in prompts of {g.images} {'image' if g.images == 1 else 'images'}" if g.images else ""
+    return f"An image of {size}: {g.visual_tokens} visual tokens{grid}{number}"
 
 
 def shorten_specs(specs: Sequence[TensorSpec]) -> list[str]:

@@ -26,7 +26,8 @@ class Pictures:
 
 
 def split_pictures(values: Mapping[str, Any], count: int) -> Pictures:
-    """The arrays of ``count`` pictures of one shape, picture by picture.
+    """The arrays of ``count`` pictures of one prompt, all of one shape, picture by picture. Numbers that are not so many are of the prompt
+    as a whole, and each picture's.
 
     Processors write ``pixel_values`` as ``[M, C, H, W]``, ``[M, tiles, C, H, W]``, ``[1, M * tiles, C, H, W]``, ``[M * tiles, C, H, W]`` or
     ``[M * patches, n]``; a picture is what is left of its axes without leading ones.
@@ -50,9 +51,24 @@ def split_pictures(values: Mapping[str, Any], count: int) -> Pictures:
         if array.size > _FEW * count:
             masked += [name] if not array.all() else []
             continue
-        for own, row in zip(layout, array.reshape(count, -1), strict=True):
+        if array.dtype.kind == "f":  # seconds of a video: not of its shape
+            continue
+        rows = np.broadcast_to(array.reshape(1, -1), (count, array.size)) if array.size % count else array.reshape(count, -1)
+        for own, row in zip(layout, rows, strict=True):
             own[name] = tuple(int(number) for number in row)
     return Pictures(pixels.reshape(count, *picture), tuple(layout), tuple(masked))
+
+
+def first_picture(values: Mapping[str, Any], count: int) -> dict[str, NDArray[Any]]:
+    """What a processor made of ``count`` pictures of one prompt, as if there were the first alone; arrays of text are left out."""
+    first = {}
+    for name in sorted(values.keys() - OF_TEXT):
+        array = np.asarray(values[name])
+        axis = next((axis for axis, size in enumerate(array.shape) if size > 1), 0)
+        if array.ndim and array.shape[axis] % count == 0:
+            array = array.take(range(array.shape[axis] // count), axis)
+        first[name] = array
+    return first
 
 
 def same_layout(one: Mapping[str, tuple[int, ...]], other: Mapping[str, tuple[int, ...]]) -> bool:

@@ -48,8 +48,16 @@ class Profile(Record):
         """Refuse a profile the model cannot serve.
 
         Raises:
-            ProfileError: more positions than the model was built for, or another count of visual tokens.
+            ProfileError: more positions than the model was built for, another count of visual tokens, or another number of images than
+                the bundle's images were encoded for.
         """
+        if geometry.film and self.images > 1:
+            raise ProfileError(f"images={self.images}, but a prompt of this bundle has one video: leave --images out")
+        if geometry.images not in (0, self.images):
+            raise ProfileError(
+                f"images={self.images}, but the bundle was exported for {geometry.images} per prompt, and this model encodes an image "
+                f"otherwise in prompts of several: export it again with --images {self.images}"
+            )
         if self.visual_tokens != self.images * geometry.visual_tokens:
             what, give = ("an image", "gives") if self.images == 1 else (f"{self.images} images", "give")
             raise ProfileError(

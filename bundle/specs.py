@@ -41,6 +41,29 @@ def describe_values(values: Iterable[ir.Value]) -> tuple[TensorSpec, ...]:
     return tuple(specs)
 
 
+class Film(Record):
+    """How one video's frames become a model's pixels: ``frames`` RGB frames of the geometry's height and width, each number times
+    ``rescale``, less ``mean``, by ``std``.
+
+    Where ``patch`` is not 0 they are cut into patches of that side, ``merge * merge`` of which make one token, ``temporal`` frames deep.
+    ``resample`` is Pillow's filter that brings frames of other sizes to this one, -1 where such are refused. ``pixels`` and ``place`` are
+    the model's own names: of the array, and of the token that marks a video in a prompt. ``ticks`` are what a second counts in positions
+    of several axes, 0 where a frame counts 1.
+    """
+
+    frames: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    rescale: float
+    resample: int
+    pixels: str
+    place: str
+    patch: int = 0
+    merge: int = 1
+    temporal: int = 1
+    ticks: float = 0.0
+
+
 class Geometry(Record):
     """The numbers of a model that every stage needs. Units are tokens, layers, heads, elements and pixels.
 
@@ -52,7 +75,8 @@ class Geometry(Record):
     ``position_axes`` is how many numbers a token's position has: 1, or 3 (time, height, width) where rotary embedding takes three.
     ``visual_planes`` is how many of the first layers add features of the pictures to their output (DeepStack). ``two_way`` tells the tokens
     of a prompt that see one another in both directions: none, those of the same image, or all of the prompt. ``first_position`` is the
-    position of row 0.
+    position of row 0. A model exported for videos has a ``film``; then all this is of one video in place of an image. ``images`` is how
+    many images a prompt has whose images become that, 0 where it makes no difference.
     """
 
     depth: int
@@ -79,6 +103,8 @@ class Geometry(Record):
     visual_planes: int = 0
     two_way: Literal["none", "images", "prompt"] = "none"
     first_position: int = 0
+    images: int = 0
+    film: Film | None = None
 
     @property
     def picture_shape(self) -> tuple[int, ...]:

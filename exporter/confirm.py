@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from sievert.bundle.errors import GraphError
 from sievert.bundle.specs import Geometry
-from sievert.exporter.names import BATCH, DECODER, EMBED_TOKENS, SEQUENCE, VISION_ENCODER, VISUAL
+from sievert.exporter.names import BATCH, DECODER, EMBED_TOKENS, SEQUENCE, VISION_ENCODER, VISUAL, vision_outputs
 
 _ADVICE = "this version of transformers, torch or onnxscript translates models differently: install the versions of constraints.txt"
 
@@ -44,8 +44,9 @@ def confirm_interface(name: str, model: ir.Model, geometry: Geometry) -> None:
     pictures = BATCH if g.vision_layers else 1  # a tower of one size takes any number
     positions = text if g.position_axes == 1 else (g.position_axes, *text)
     hidden, cache = (BATCH, SEQUENCE, g.width), (BATCH, g.kv_heads, SEQUENCE, g.head_size)
+    features = dict.fromkeys(vision_outputs(g.visual_planes), (pictures, g.visual_tokens, g.width))
     expected: dict[str, dict[str, tuple[int | str, ...]]] = {
-        VISION_ENCODER: {"pixel_values": (pictures, *g.picture_shape), "image_features": (pictures, g.visual_tokens, g.width)},
+        VISION_ENCODER: {"pixel_values": (pictures, *g.picture_shape), **features},
         EMBED_TOKENS: {"input_ids": text, "image_features": images, "visual_index": (BATCH, VISUAL), "inputs_embeds": hidden},
         DECODER: {"inputs_embeds": hidden, "attention_mask": text, "position_ids": positions, "logits": (BATCH, SEQUENCE, g.vocabulary)},
     }

@@ -27,7 +27,7 @@ from sievert.exporter.geometry import image_size as choose_size
 from sievert.exporter.geometry import read_geometry
 from sievert.exporter.load import DType, load_config, load_to_trace, take_sliding_window, torch_dtype
 from sievert.exporter.modules import decoder, embedding_scale, one_attention, two_way_decoder, vision_encoder
-from sievert.exporter.names import BATCH, DECODER, EMBED_TOKENS, PRODUCER, SEQUENCE, VISION_ENCODER, decoder_outputs
+from sievert.exporter.names import BATCH, DECODER, EMBED_TOKENS, PRODUCER, SEQUENCE, VISION_ENCODER, decoder_outputs, vision_outputs
 from sievert.exporter.passes import Float32Islands, Float32Output, HeadInCheckpointLayout, KeepScopes, NameInterface, RaiseOpset
 from sievert.exporter.pictures import picture_encoder
 from sievert.exporter.rotary import FuseRotary
@@ -75,10 +75,14 @@ class Examined:
     processed: Mapping[str, NDArray[Any]]
 
 
-def examine_checkpoint(model: str | Path, *, image_size: tuple[int, int] | None = None, downloads: Path = DOWNLOADS) -> Examined:
+def examine_checkpoint(
+    model: str | Path, *, image_size: tuple[int, int] | None = None, images: int = 1, frames: int = 0, downloads: Path = DOWNLOADS
+) -> Examined:
     """Everything that can be said of a checkpoint before its weights are read, in about a second; a hub id is downloaded.
 
-    ``image_size`` is (height, width) of the pictures to export for, in pixels; by default the model's own.
+    ``image_size`` is (height, width) of the pictures to export for, in pixels; by default the model's own. ``images`` are those of a
+    prompt: some models encode a picture otherwise where there are several. With ``frames`` a prompt has one video of so many in place of
+    a picture.
 
     Raises:
         CheckpointError: no checkpoint, or one that is incomplete or unsafe to read.
@@ -90,23 +94,30 @@ def examine_checkpoint(model: str | Path, *, image_size: tuple[int, int] | None 
     text = config.get_text_config()
     check_decoder(text, checkpoint.architecture, given=checkpoint.given)
     size = choose_size(checkpoint, config, image_size)
-    trial = try_processor(checkpoint, config, size)
+    trial = try_processor(checkpoint, config, size, images=images, frames=frames)
     window = take_sliding_window(text) if checkpoint.architecture.two_way is None else None
     geometry = read_geometry(checkpoint, config, trial, size, window=window)
     return Examined(checkpoint, config, geometry, trial.arrays)
 
 
 def export_model(
-    model: str | Path, *, dtype: DType = "float32", image_size: tuple[int, int] | None = None, downloads: Path = DOWNLOADS
+    model: str | Path,
+    *,
+    dtype: DType = "float32",
+    image_size: tuple[int, int] | None = None,
+    images: int = 1,
+    frames: int = 0,
+    downloads: Path = DOWNLOADS,
 ) -> Exported:
-    """Trace a checkpoint: a local folder, or a hub id that is downloaded below ``downloads`` first.
+    """Trace a checkpoint: a local folder, or a hub id that is downloaded below ``downloads`` first, for prompts of ``images`` pictures, or
+    of a video of ``frames``.
 
     Graphs have symbolic ``batch``, ``sequence`` and ``visual``: ``vision_encoder`` pixel_values[B, C, H, W] to the image_features[B, n, D]
-    of one image each, or pixel_values[1, *picture] of a single one of ``image_size``; ``embed_tokens`` input_ids[B, S],
-    image_features[B, Nv, D] of any number of images, visual_index[B, Nv] to inputs_embeds[B, S, D]; ``decoder`` inputs_embeds,
-    attention_mask[B, S], position_ids[B, S] to logits[B, S, V] (float32) and present.{i}.key/.value[B, G, S, d]; where the geometry has
-    tokens that see one another both ways, also two_way[B, S], 1 for these. All else is of ``dtype``, ids and masks int64; with 16 bit
-    norms, softmax and rotary tables compute in float32.
+    of one image each, or pixel_values[1, *picture] of a single one of ``image_size`` to these and the planes deepstack.{i} of the same
+    shape that layers add; ``embed_tokens`` input_ids[B, S], image_features[B, Nv, D] of any number of images, visual_index[B, Nv] to
+    inputs_embeds[B, S, D]; ``decoder`` inputs_embeds, attention_mask[B, S], position_ids[B, S] (or [axes, B, S]) to logits[B, S, V]
+    (float32) and present.{i}.key/.value[B, G, S, d]; where the geometry has tokens that see one another both ways, also two_way[B, S], 1
+    for these. All else is of ``dtype``, ids and masks int64; with 16 bit norms, softmax and rotary tables compute in float32.
 
     Raises:
         CheckpointError: no checkpoint, or one that is incomplete or unsafe to read.
@@ -115,7 +126,7 @@ def export_model(
         GraphError: tracing gave a graph without the structure the passes need.
     """
     precision = torch_dtype(dtype)
-    examined = examine_checkpoint(model, image_size=image_size, downloads=downloads)
+    examined = examine_checkpoint(model, image_size=image_size, images=images, frames=frames, downloads=downloads)
     checkpoint, config, geometry = examined.checkpoint, examined.config, examined.geometry
     logger.info("loading %s as %s", checkpoint.given, dtype)
     to_trace = load_to_trace(checkpoint, config, precision)
@@ -147,20 +158,22 @@ def export_model(
         tuple(loaded.state_dict()),
         checkpoint.folder,
         checkpoint.files,
-        checkpoint.architecture.processor,
+        "" if geometry.film else checkpoint.architecture.processor,
     )
 
 
 def _vision_encoder(loaded: PreTrainedModel, examined: Examined, dtype: torch.dtype) -> ir.Model:
     module: torch.nn.Module
-    pictures, axes = 1, dict[str, tuple[str, ...]](pixel_values=())
+    pictures, axes, outputs = 1, dict[str, tuple[str, ...]](pixel_values=()), vision_outputs(examined.geometry.visual_planes)
     if examined.checkpoint.architecture.tower is None:
-        module = picture_encoder(loaded, processed=examined.processed)
+        video = examined.checkpoint.architecture.video if examined.geometry.film else None
+        names = {} if video is None else {"method": video.features, "pixels": video.pixels}
+        module = picture_encoder(loaded, processed=examined.processed, **names)
     else:
         module, pictures, axes = vision_encoder(loaded, examined.checkpoint.architecture.tower), 2, {"pixel_values": (BATCH,)}
     pixels = torch.zeros(pictures, *examined.geometry.picture_shape, dtype=dtype)
     model = trace(module, {"pixel_values": pixels}, axes, what="the vision encoder")
-    _run(model, VISION_ENCODER, [NameInterface(axes, ("image_features",)), Float32Islands(), KeepScopes(), RaiseOpset()])
+    _run(model, VISION_ENCODER, [NameInterface(axes, outputs), Float32Islands(), KeepScopes(), RaiseOpset()])
     return model
 
 

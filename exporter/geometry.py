@@ -75,7 +75,7 @@ def read_geometry(checkpoint: Checkpoint, config: PreTrainedConfig, trial: Trial
         vocabulary=text.vocab_size,
         attention_scale=(getattr(text, "query_pre_attn_scalar", None) or head_size) ** -0.5,
         max_positions=positions,
-        image_token_id=int(config.image_token_id),
+        image_token_id=int(getattr(config, architecture.video.visual) if trial.film and architecture.video else config.image_token_id),
         pad_token_id=_pad_token(text, trial.processor.tokenizer, eos),
         eos_token_ids=eos,
         image_height=size[0],
@@ -85,11 +85,14 @@ def read_geometry(checkpoint: Checkpoint, config: PreTrainedConfig, trial: Trial
         visual_tokens=trial.visual,
         picture=trial.picture,
         layout=trial.layout,
+        images=trial.images,
+        film=trial.film,
         vision_layers=0 if architecture.tower is None else vision.num_hidden_layers,
         class_tokens=0 if architecture.tower is None else architecture.towers[vision.model_type],
         position_axes=len((getattr(text, "rope_parameters", None) or {}).get("mrope_section") or [0]),
         first_position=architecture.first_position,
         two_way="none" if architecture.two_way is None else architecture.two_way.tokens,
+        visual_planes=len(getattr(vision, "deepstack_visual_indexes", None) or ()),
     )
 
 

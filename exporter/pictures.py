@@ -32,12 +32,16 @@ class PictureEncoder(nn.Module):
     """Pixels of one picture to its features: ``pixel_values[1, *picture]`` to ``image_features[1, n, D]``.
 
     Towers that also feed planes to inner layers of the decoder give ``deepstack.{i}[1, n, D]`` as well. Whatever depends only on the
-    picture's size is a constant of the trace. Not in a trace, the module computes what ``get_image_features`` does.
+    picture's size is a constant of the trace. Not in a trace, the module computes what the model's ``method`` does. A video counts as a
+    picture.
     """
 
-    def __init__(self, vision: PreTrainedModel, pixels: torch.Tensor, layout: Mapping[str, torch.Tensor]) -> None:
+    def __init__(
+        self, vision: PreTrainedModel, pixels: torch.Tensor, layout: Mapping[str, torch.Tensor], method: str = "get_image_features"
+    ) -> None:
         super().__init__()
         self.model = vision
+        self._method = method
         # In containers: the tracer makes placeholders of tensors that are attributes, and these must stay numbers.
         self._pixels = (pixels,)
         self._layout = dict(layout)
@@ -66,7 +70,7 @@ class PictureEncoder(nn.Module):
             given = pixel_values.reshape(pixels.shape)
             evaluator.know(given, pixels)
             layout = {name: value.clone() for name, value in self._layout.items()}
-            see: Any = self.model.get_image_features
+            see: Any = getattr(self.model, self._method)
             result = see(given, **layout)
             outputs = {FEATURES: _join(result.pooler_output)}
             for index, plane in enumerate(getattr(result, "deepstack_features", None) or ()):
@@ -74,25 +78,27 @@ class PictureEncoder(nn.Module):
         return outputs
 
 
-def picture_encoder(model: PreTrainedModel, *, processed: Mapping[str, np.ndarray]) -> PictureEncoder:
+def picture_encoder(
+    model: PreTrainedModel, *, processed: Mapping[str, np.ndarray], method: str = "get_image_features", pixels: str = PIXELS
+) -> PictureEncoder:
     """The model's vision part for pictures like the one that its processor turned into ``processed``; parameters are shared.
 
-    Of ``processed``, the layout tensors that ``get_image_features`` takes by name become constants: the encoder's pictures all have this
-    one's size and tiles. It should be no blank one: towers that tell padding tiles by their zeros are taken to mean this picture's.
+    Of ``processed``, the layout tensors that ``method`` takes by name beside ``pixels`` become constants: the encoder's pictures all have
+    this one's size and tiles. It should be no blank one: towers that tell padding tiles by their zeros are taken to mean this picture's.
 
     Raises:
-        UnsupportedModelError: the model has no ``get_image_features``, or it requires what the processor does not give.
+        UnsupportedModelError: the model has no such ``method``, or it requires what the processor does not give.
     """
     base: Any = model.base_model
-    if not hasattr(base, "get_image_features"):
-        raise UnsupportedModelError(f"{type(base).__name__} has no get_image_features: its vision part cannot be told from the rest")
-    accepted = inspect.signature(base.get_image_features).parameters
-    layout = {name: torch.as_tensor(processed[name]) for name in accepted if name in processed and name != PIXELS}
+    if not hasattr(base, method):
+        raise UnsupportedModelError(f"{type(base).__name__} has no {method}: its vision part cannot be told from the rest")
+    accepted = inspect.signature(getattr(base, method)).parameters
+    layout = {name: torch.as_tensor(processed[name]) for name in accepted if name in processed and name != pixels}
     required = {name for name, each in accepted.items() if each.default is each.empty and each.kind is not each.VAR_KEYWORD}
-    if missing := sorted(required - layout.keys() - {PIXELS}) + [PIXELS] * (PIXELS not in processed):
+    if missing := sorted(required - layout.keys() - {pixels}) + [pixels] * (pixels not in processed):
         raise UnsupportedModelError(f"{type(base).__name__} needs {', '.join(missing)}, but its processor gave {', '.join(processed)}")
-    pixels = torch.as_tensor(processed[PIXELS]).to(model.dtype)
-    return PictureEncoder(_without_decoder(base), pixels, layout).eval()
+    example = torch.as_tensor(processed[pixels]).to(model.dtype)
+    return PictureEncoder(_without_decoder(base), example, layout, method).eval()
 
 
 def _without_decoder(base: Any) -> PreTrainedModel:

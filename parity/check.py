@@ -149,8 +149,9 @@ def _check_group(
     seen = observe_prefill(pipeline, batch, exposed=exposed)
     references: list[ReferenceRecord] = []
     for row, record in enumerate(seen.records()):
-        processed = batch.processed[row]
-        inputs = ReferenceInputs(batch.unpadded(row), processed[PIXELS], pipeline.profile.images, processed)
+        processed, film = batch.processed[row], pipeline.geometry.film
+        pixels = PIXELS if film is None else film.pixels
+        inputs = ReferenceInputs(batch.unpadded(row), processed[pixels], pipeline.profile.images, processed, pixels)
         kept = usable_kept(record, [stage.keep for stage in plan.stages], np.sort(batch.visual_index[row]))
         references.append(reference.record(inputs, plan, kept=kept, tokens=steps))
     observe_tokens(pipeline, seen, [record.tokens for record in references])

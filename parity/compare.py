@@ -106,6 +106,8 @@ def _walk(engine: EngineRecord, reference: ReferenceRecord, tolerances: Toleranc
     yield tensor("vision features", VISION, tolerances.vision)
     if VISUAL_SCORES in reference.arrays:
         yield tensor("vision scores", VISUAL_SCORES, tolerances.scores, unit=float(reference.arrays[VISUAL_SCORES].max()))
+    for name in sorted(name for name in reference.arrays if name.startswith("deepstack.")):
+        yield tensor("vision planes", name, tolerances.vision)
     yield tensor("merged embeddings", EMBEDDINGS, tolerances.embeddings, rows_axis=0)
     for stage, trace in enumerate(reference.traces):
         label = "" if len(reference.traces) == 1 else f" (cut {stage})"

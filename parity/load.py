@@ -46,7 +46,7 @@ def load_reference(manifest: Manifest, *, model: str | Path | None = None) -> Re
             f"{name!r} has {found[0]} layers, width {found[1]} and {found[2]} words, the bundle's model {wanted[0]}, {wanted[1]} and "
             f"{wanted[2]}: pass --model with the model the bundle was made from"
         )
-    return Reference(loaded.float(), rounded_to=dtype)
+    return Reference(loaded.float(), rounded_to=dtype, visual_token=geometry.image_token_id)
 
 
 def _attention_of(config: Any) -> dict[str, str]:

@@ -21,7 +21,6 @@ from sievert.parity.record import (
     EMBEDDINGS,
     LOGITS,
     VISION,
-    VISUAL_SCORES,
     EngineRecord,
     cache_names,
     end_cache_names,
@@ -73,8 +72,7 @@ def observe_prefill(pipeline: Pipeline, batch: PromptBatch, *, exposed: bool) ->
         **{kept_name(stage): kept for stage, kept in enumerate(result.kept_index)},
         **_named(pipeline.caches("prefill"), cache_names),
     }
-    if VISUAL_SCORES in features.values:
-        whole[VISUAL_SCORES] = features.values[VISUAL_SCORES]
+    whole |= {name: value for name, value in features.values.items() if name != VISION}
     return Observation([{name: array[row] for name, array in whole.items()} for row in range(batch.rows)], exposed)
 
 

@@ -21,6 +21,11 @@ EMBEDDINGS = "inputs_embeds"
 LOGITS = "logits"
 
 
+def plane_name(layer: int) -> str:
+    """What layer ``layer`` adds to its output at the visual tokens, ``[Nv, D]``; only some models have such."""
+    return f"deepstack.{layer}"
+
+
 def residual_name(stage: int) -> str:
     """The stream entering the stage's layer, ``[S_s, D]``."""
     return f"stage.{stage}.residual"

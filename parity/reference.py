@@ -30,6 +30,7 @@ from sievert.parity.record import (
     as_index,
     cache_names,
     end_cache_names,
+    plane_name,
     residual_name,
     scores_name,
     step_name,
@@ -46,14 +47,15 @@ _AXES = 3  # time, height, width
 
 @dataclass(frozen=True)
 class ReferenceInputs:
-    """One prompt: ``input_ids[S]`` int64 with the placeholders of its ``images``, ``pixel_values`` as the model takes them, and what else
-    its processor makes (sizes, grids).
+    """One prompt: ``input_ids[S]`` int64 with the placeholders of its ``images``, ``pixel_values`` as the model takes them under the name
+    ``pixels``, and what else its processor makes (sizes, grids).
     """
 
     input_ids: Index
     pixel_values: NDArray[Any]
     images: int = 1
     processed: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    pixels: str = "pixel_values"
 
 
 @dataclass
@@ -74,6 +76,20 @@ class ReferenceState:
     logits: NDArray[np.float64]  # [V]
 
 
+@dataclass(frozen=True)
+class _Merged:
+    """What the model hands its decoder: ``features[Nv, D]``, ``hidden[1, S, D]``, ``positions`` as of :class:`_Walk`, the ``masks`` of
+    all layers, ``planes[Nv, D]`` that its first layers add; and the vision encoder's ``scores``.
+    """
+
+    features: torch.Tensor
+    hidden: torch.Tensor
+    positions: torch.Tensor
+    masks: Masks
+    planes: tuple[torch.Tensor, ...]
+    scores: Mapping[VisionTap, NDArray[np.float64]]
+
+
 @dataclass
 class _Walk:
     """A prompt between two layers. ``rows``: the original row of each token that is left; ``visual``: those that were visual tokens.
@@ -88,7 +104,15 @@ class _Walk:
     embeds: Array
     carried: dict[str, Array]
     taps: dict[Tap, Array]
+    planes: tuple[torch.Tensor, ...] = ()  # [Nv, D] each; layer i adds its own to its output, at the visual tokens that are left
     since: int = 0
+
+    def add_plane(self, layer: int) -> None:
+        """Let the output of ``layer`` contain its plane, if it has one."""
+        if layer < len(self.planes):
+            left = np.isin(self.visual, self.rows)
+            self.hidden = self.hidden.clone()
+            self.hidden[0, np.isin(self.rows, self.visual)] += self.planes[layer][left]
 
     def cut(self, layer: int, kept: Index, *, compact: bool) -> None:
         """Go on with ``kept`` and the text, before ``layer``."""
@@ -103,21 +127,22 @@ class _Walk:
 class Reference:
     """A vision-language model of transformers; its weights and its forward are left alone.
 
-    ``rounded_to`` is the dtype images are rounded to before they enter, as an engine of that dtype would receive them.
+    ``rounded_to`` is the dtype images are rounded to before they enter, as an engine of that dtype would receive them. ``visual_token``
+    is the id of visual tokens, if not that of images.
     """
 
-    def __init__(self, model: Any, *, rounded_to: torch.dtype = torch.float32) -> None:
+    def __init__(self, model: Any, *, rounded_to: torch.dtype = torch.float32, visual_token: int | None = None) -> None:
         self.model = model.eval()
         self.text = model.get_decoder()
         self.layers: Sequence[Any] = self.text.layers
-        self.image_token_id = int(model.config.image_token_id)
+        self.image_token_id = int(model.config.image_token_id) if visual_token is None else visual_token
         self.rounded_to = rounded_to
         self.dtype = next(model.parameters()).dtype
 
     def embed(self, inputs: ReferenceInputs) -> tuple[torch.Tensor, torch.Tensor]:
         """The projected image features ``[Nv, D]`` and the merged embeddings ``[1, S, D]``, as the model's own forward makes them."""
-        features, hidden, *_ = self._embed(inputs, ())
-        return features, hidden
+        merged = self._embed(inputs, ())
+        return merged.features, merged.hidden
 
     @torch.inference_mode()
     def prefill(
@@ -129,14 +154,14 @@ class Reference:
         """
         selectors = [by_image(reference_selector(stage.selector, stage.options), inputs.images) for stage in plan.stages]
         wanted = list_taps(plan, selectors, len(self.layers))
-        features, hidden, positions, masks, seen = self._embed(
-            inputs, [selector.vision_tap for selector in selectors if selector.vision_tap]
-        )
-        arrays: dict[str, NDArray[Any]] = {VISION: _numpy(features), EMBEDDINGS: _numpy(hidden[0])}
+        merged = self._embed(inputs, [selector.vision_tap for selector in selectors if selector.vision_tap])
+        hidden, positions, masks, seen = merged.hidden, merged.positions, merged.masks, merged.scores
+        arrays: dict[str, NDArray[Any]] = {VISION: _numpy(merged.features), EMBEDDINGS: _numpy(hidden[0])}
+        arrays |= {plane_name(layer): _numpy(plane) for layer, plane in enumerate(merged.planes)}
         for scores in seen.values():
             arrays[VISUAL_SCORES] = scores
         visual = as_index(np.flatnonzero(as_index(inputs.input_ids) == self.image_token_id))
-        walk = _Walk(hidden, positions, np.arange(hidden.shape[1]), visual, _numpy(hidden[0]), {}, {})
+        walk = _Walk(hidden, positions, np.arange(hidden.shape[1]), visual, _numpy(hidden[0]), {}, {}, merged.planes)
         stages = {stage.layer: index for index, stage in enumerate(plan.stages)}
         traces: list[StageTrace] = []
         cache, left = DynamicCache(), list[Index]()
@@ -155,6 +180,7 @@ class Reference:
                 walk.cut(number, trace.kept, compact=plan.positions == "compact")
             later = wanted[len(traces)] if len(traces) < len(wanted) else ()
             walk.hidden = self._look(walk, number, _kinds(later, number), masks, cache)
+            walk.add_plane(number)
             left.append(as_index(walk.rows))
         logits = self._logits(walk.hidden)
         position, leading = int(positions.max()) + 1, positions.ndim - 1
@@ -228,14 +254,12 @@ class Reference:
         return output
 
     @torch.inference_mode()
-    def _embed(
-        self, inputs: ReferenceInputs, taps: Sequence[VisionTap]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Masks, dict[VisionTap, NDArray[np.float64]]]:
-        """:meth:`embed`, the positions and masks that the model gives its decoder, and what the vision encoder says meanwhile."""
+    def _embed(self, inputs: ReferenceInputs, taps: Sequence[VisionTap]) -> _Merged:
+        """:meth:`embed`, what else the model gives its decoder, and what the vision encoder says meanwhile."""
         pixels = torch.from_numpy(np.asarray(inputs.pixel_values, np.float32)).to(self.rounded_to).to(self.dtype)
         ids = torch.from_numpy(as_index(inputs.input_ids))
         others = {name: torch.from_numpy(np.asarray(array)) for name, array in inputs.processed.items()}
-        others |= {"input_ids": ids[None], "pixel_values": pixels, "attention_mask": torch.ones_like(ids)[None]}
+        others |= {"input_ids": ids[None], inputs.pixels: pixels, "attention_mask": torch.ones_like(ids)[None]}
         with watch_vision(self.model, taps) as scores, stop_before(self.text) as arguments:
             self.model(**others)
         hidden = arguments["inputs_embeds"]
@@ -244,7 +268,8 @@ class Reference:
         given = torch.arange(hidden.shape[1])[None] if given is None else given
         positions = given if given.ndim == ids[None].ndim else given[-_AXES:]  # axes, batch, sequence
         masks = read_masks(arguments.get("attention_mask"), getattr(self.text.config, "layer_types", None), len(self.layers))
-        return hidden[0, ids == self.image_token_id], hidden, positions, masks, scores
+        planes = tuple(arguments.get("deepstack_visual_embeds") or ())
+        return _Merged(hidden[0, ids == self.image_token_id], hidden, positions, masks, planes, scores)
 
     def _look(self, walk: _Walk, number: int, kinds: Sequence[str], masks: Masks, cache: Any = None) -> torch.Tensor:
         """Run layer ``number`` and take down ``kinds`` of it; without a cache it is only looked at, and not run where that will do."""

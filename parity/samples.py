@@ -9,20 +9,23 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from sievert.bundle.errors import InputError, PromptError
 from sievert.engines.run.prompt import Prompter
+from sievert.engines.run.videos import Video
 
 COLOURS = ("red", "green", "blue", "yellow", "white", "black", "purple", "orange")
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A picture, or a prompt's pictures in their order, and a question; without the template, the model's whole input."""
+    """A picture, or a prompt's pictures in their order, or a video; and a question, without the template the model's whole input."""
 
-    image: Image.Image | tuple[Image.Image, ...]
+    image: Image.Image | tuple[Image.Image, ...] | Video
     prompt: str
 
     @property
     def images(self) -> tuple[Image.Image, ...]:
-        """The pictures, also where there is one."""
+        """The pictures, also where there is one; a video's frames."""
+        if isinstance(self.image, Video):
+            return self.image.frames
         return self.image if isinstance(self.image, tuple) else (self.image,)
 
 
@@ -39,7 +42,10 @@ def synthetic_samples(prompter: Prompter, count: int, *, template: bool, seed: i
     samples = []
     for number in range(count):
         rng = np.random.default_rng((seed, number))
-        image = tuple(_picture(rng, prompter.geometry.image_width, prompter.geometry.image_height) for _ in range(prompter.profile.images))
+        film = prompter.geometry.film
+        many = prompter.profile.images if film is None else film.frames
+        pictures = tuple(_picture(rng, prompter.geometry.image_width, prompter.geometry.image_height) for _ in range(many))
+        image = pictures if film is None else Video(pictures)
         length = int(rng.integers(1, prompter.profile.max_text + 1))
         question = [words[int(place)] for place in rng.integers(0, len(words), length)]
         samples.append(Sample(image, _fitting_prompt(prompter, image, question, template)))
@@ -58,7 +64,7 @@ def _words(prompter: Prompter) -> list[str]:
     return plain[:20_000]
 
 
-def _fitting_prompt(prompter: Prompter, image: tuple[Image.Image, ...], words: list[str], template: bool) -> str:
+def _fitting_prompt(prompter: Prompter, image: tuple[Image.Image, ...] | Video, words: list[str], template: bool) -> str:
     """The longest beginning of ``words`` that the variant takes, halving."""
     while words:
         prompt = " ".join(words)

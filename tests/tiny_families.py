@@ -204,7 +204,7 @@ def _qwen(options: Options, config: Any, kind: str, videos: str) -> Parts:
         kind,
         make_tokenizer(_QWEN_TOKENS, bos=False),
         Qwen2VLImageProcessorPil(**{**patches, **options.images}),
-        make_template("<|vision_start|><|image_pad|><|vision_end|>"),
+        make_template("<|vision_start|><|image_pad|><|vision_end|>", "<|vision_start|><|video_pad|><|vision_end|>"),
         videos={"video_processor_type": videos, **patches},
     )
 

@@ -48,9 +48,10 @@ def make_tokenizer(tokens: Sequence[str], *, named: Mapping[str, str] = {}, line
     )
 
 
-def make_template(placeholder: str) -> str:
-    """The chat template of :mod:`tests.tiny_llava` with another placeholder for a picture."""
-    return TEMPLATE.replace("<image>", placeholder)
+def make_template(placeholder: str, video: str = "<video>") -> str:
+    """The chat template of :mod:`tests.tiny_llava` with another placeholder for a picture, and one for a video."""
+    other = "{% elif part['type'] == 'video' %} " + video + "{% else %} {{ part['text'] }}"
+    return TEMPLATE.replace("{% else %} {{ part['text'] }}", other).replace("<image>", placeholder)
 
 
 def write_processor(

@@ -54,7 +54,7 @@ def multi_axis_positions(visual_index: Array, lengths: Sequence[int], length: in
     ones goes to row ``n + t`` and has the position ``next + t`` in all axes; next is mostly less than n, as a picture is long but not wide.
 
     Raises:
-        PromptError: pictures of other sizes than there are visual tokens, or one whose tokens do not stand together.
+        PromptError: pictures of other sizes than there are visual tokens, one whose tokens do not stand together, or no token between two.
     """
     batch = len(lengths)
     position_ids, following = np.zeros((AXES, batch, length), np.int64), np.zeros(batch, np.int64)
@@ -78,6 +78,11 @@ def _positions(rows: Array, real: int, grids: Sequence[Grid], prompt: int) -> Ar
             raise PromptError(
                 f"prompt {prompt + 1}: the {grid.tokens} tokens of picture {number + 1} stand in rows {first}..{last} of {real}: "
                 "they should stand together, in the order of the pictures"
+            )
+        if number and first == row:
+            raise PromptError(
+                f"prompt {prompt + 1}: picture {number + 1} stands right behind the one before it, and this model tells them apart by the "
+                "tokens between: write what its template writes around each, or use the template"
             )
         words = first - row
         parts += [_count(position, words), position + words + grid.places()]

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from sievert.bundle.errors import BundleError, ImageError, ProfileError, PromptError
+from sievert.bundle.films import GRID, SECONDS, FrameProcessor, FrameTimes, process_film, rename_pixels, stamp
 from sievert.bundle.pictures import same_layout, split_pictures
 from sievert.bundle.processor import choose_processor
 from sievert.bundle.profile import Profile
@@ -19,10 +20,11 @@ from sievert.engines.run.dtypes import Array
 from sievert.engines.run.images import load_image
 from sievert.engines.run.positions import Grid, multi_axis_positions
 from sievert.engines.run.text import Detokenizer, Tokenizer
+from sievert.engines.run.videos import Video, load_video
 
 Picture = Path | str | Image.Image
-Pictures = Picture | Sequence[Picture]
-"""What one prompt is about: a picture, or all of the profile's in the order of the prompt."""
+Pictures = Picture | Video | Sequence[Picture]
+"""What one prompt is about: a picture, or all of the profile's in the order of the prompt; or a video, also as the folder of its frames."""
 _NO_TEMPLATE: Final = "this model has no chat template: write the whole prompt yourself and turn the template off"
 
 
@@ -70,15 +72,18 @@ class Prompter:
         self.geometry = geometry
         self.profile = profile
         self._processor = load_processor(folder)
+        if film := geometry.film:  # templates may ask it how many frames there are
+            self._processor.video_processor = FrameProcessor(film, stamp(film.frames, range(film.frames), 1.0))
         self.tokenizer: Any = self._processor.tokenizer
         image_token: str = self.tokenizer.convert_ids_to_tokens(geometry.image_token_id)
-        self.image_token: str = getattr(self._processor, "boi_token", image_token)  # what marks the place of an image in a prompt
+        # What marks the place of an image, or of a video, in a prompt.
+        self.image_token: str = geometry.film.place if geometry.film else getattr(self._processor, "boi_token", image_token)
 
     def prepare(self, images: Sequence[Pictures], prompts: Sequence[str], *, template: bool = True) -> PromptBatch:
         """One row per prompt, about the picture (or the pictures) at the same place; a single place serves all prompts.
 
-        With ``template`` a prompt is a user's question, put behind the images; without, it is the model's whole input, with an image token
-        wherever an image belongs. Where it holds none they are put in front (after the first token, where the prompt writes that).
+        With ``template`` a prompt is a user's question, without it is the model's whole input. Either may hold an image token wherever an
+        image belongs; where it holds none they are put in front (after the first token, where the prompt writes that).
 
         Raises:
             ImageError: a picture that cannot be read, or that the processor does not bring to the model's size.
@@ -90,7 +95,7 @@ class Prompter:
             raise ProfileError(f"{len(prompts)} prompts, but this variant takes 1..{self.profile.batch} at a time (its batch)")
         if len(images) not in (1, len(prompts)):
             raise ProfileError(f"{len(images)} images for {len(prompts)} prompts: give one for all, or one for each")
-        loaded = [[load_image(image) for image in self._check_count(each)] for each in images]
+        loaded = [self._load(each) for each in images]
         rows = [
             self._process(pictures, prompt, template)
             for pictures, prompt in zip(loaded * (len(prompts) // len(loaded)), prompts, strict=True)
@@ -102,8 +107,23 @@ class Prompter:
         tokenizer: Tokenizer = self.tokenizer
         return Detokenizer(tokenizer)
 
+    def _load(self, given: Pictures) -> _Seen:
+        """What one prompt is about."""
+        film, size = self.geometry.film, (self.geometry.image_height, self.geometry.image_width)
+        if film is None:
+            return _Seen(tuple(load_image(image) for image in self._check_count(given)))
+        if isinstance(given, Image.Image):
+            raise PromptError(f"one picture for a prompt, but this variant takes a video of {film.frames} frames: give its frames")
+        return _Seen(*load_video(given).choose(film, size))
+
     def _check_count(self, given: Pictures) -> Sequence[Picture]:
-        """The pictures of one prompt, as many as the profile says."""
+        """The pictures of one prompt, as many as the profile says.
+
+        Raises:
+            PromptError: a video, or another number.
+        """
+        if isinstance(given, Video):
+            raise PromptError("a video, but this variant takes images: give --image, or export the model with --frames")
         pictures: Sequence[Picture] = [given] if isinstance(given, Path | str | Image.Image) else given
         if len(pictures) != self.profile.images:
             raise PromptError(
@@ -119,7 +139,7 @@ class Prompter:
             raise PromptError("the prompt is empty: ask something about the image")
         text = prompt
         if template:
-            content = [*[{"type": "image"}] * images, {"type": "text", "text": prompt}]
+            content = self._content(prompt)
             if self._processor.chat_template is None:
                 raise PromptError(_NO_TEMPLATE)
             text = self._processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
@@ -134,30 +154,44 @@ class Prompter:
             )
         return text
 
-    def _process(self, pictures: Sequence[Image.Image], prompt: str, template: bool) -> _Row:
+    def _content(self, prompt: str) -> list[dict[str, str]]:
+        """A user's message in the parts that templates take: images where the prompt names every one of them, else all in front."""
+        images, image = self.profile.images, {"type": "video" if self.geometry.film else "image"}
+        if prompt.count(self.image_token) != images:
+            return [*[image] * images, {"type": "text", "text": prompt}]
+        parts: list[dict[str, str]] = []
+        for number, words in enumerate(prompt.split(self.image_token)):
+            parts += [image] if number else []
+            parts += [{"type": "text", "text": words}] if words.strip() else []
+        return parts
+
+    def _process(self, seen: _Seen, prompt: str, template: bool) -> _Row:
         text = self._text(prompt, template)
         # Templates usually write the first token themselves; adding it again would change the model's input.
         bos = self.tokenizer.bos_token
         special = not (bos and text.startswith(bos))
-        sizes = ", ".join(f"{picture.width}x{picture.height}" for picture in pictures)
+        sizes = ", ".join(dict.fromkeys(f"{picture.width}x{picture.height}" for picture in seen.pictures))
+        options: dict[str, Any] = {"add_special_tokens": special, "padding": False, "truncation": False}
+        images, film = self.profile.images, self.geometry.film
         try:
-            made = self._processor(
-                text=[text], images=list(pictures), add_special_tokens=special, padding=False, truncation=False, return_tensors="np"
-            )
-            values = {name: np.asarray(made[name]) for name in made}
-            seen = split_pictures(values, len(pictures))
+            if film is None or seen.times is None:
+                made = self._processor(text=[text], images=[list(seen.pictures)], return_tensors="np", **options)
+                values = {name: np.asarray(made[name]) for name in made}
+            else:
+                values = process_film(self._processor, film, seen.pictures, seen.times, text, **options)
+            split = split_pictures(rename_pixels(values, film), images)
         except ValueError as error:
             raise ImageError(f"the processor refused an image of {sizes} pixels: {error}") from error
         ids, geometry = values["input_ids"][0].astype(np.int64), self.geometry
-        visual, expected = int(np.count_nonzero(ids == geometry.image_token_id)), len(pictures) * geometry.visual_tokens
+        visual, expected = int(np.count_nonzero(ids == geometry.image_token_id)), images * geometry.visual_tokens
         if (
-            seen.pixels.shape[1:] != geometry.picture_shape
-            or seen.masked
-            or not all(same_layout(layout, geometry.layout) for layout in seen.layout)
+            split.pixels.shape[1:] != geometry.picture_shape
+            or split.masked
+            or not all(same_layout(layout, geometry.layout) for layout in split.layout)
             or (visual != expected and geometry.picture)
         ):
             raise ImageError(
-                f"{'an image' if len(pictures) == 1 else 'images'} of {sizes} pixels became {list(seen.pixels.shape[1:])} with "
+                f"{'an image' if len(seen.pictures) == 1 else 'images'} of {sizes} pixels became {list(split.pixels.shape[1:])} with "
                 f"{visual} visual tokens in the model's processor, but this bundle was exported for {list(geometry.picture_shape)} with "
                 f"{expected}: resize to {geometry.image_width}x{geometry.image_height}, or export with another --image-size"
             )
@@ -168,7 +202,7 @@ class Prompter:
                 f"the prompt has {words} text tokens, template included, but this variant takes {self.profile.max_text}: shorten it, "
                 "or make a variant with a larger --max-text"
             )
-        return _Row(ids, seen.pixels[0] if len(pictures) == 1 else seen.pixels, values, tuple(pictures))
+        return _Row(ids, split.pixels[0] if images == 1 else split.pixels, values, seen.pictures)
 
     def _pad(self, rows: Sequence[_Row]) -> PromptBatch:
         B, S = self.profile.batch, self.profile.sequence
@@ -184,8 +218,7 @@ class Prompter:
         visual_index = np.stack([np.flatnonzero(row.input_ids == self.geometry.image_token_id) for row in filled])
         following = lengths + first
         if self.geometry.position_axes > 1:
-            rows_columns = self.geometry.grid or (1, self.geometry.visual_tokens)
-            grids = [[Grid(*rows_columns)] * self.profile.images] * B
+            grids = [self._grids(row.processed, index) for row, index in zip(filled, visual_index, strict=True)]
             position_ids, following = multi_axis_positions(visual_index, lengths.tolist(), S, grids)
         return PromptBatch(
             pixel_values=np.stack([row.pixels for row in filled]),
@@ -199,6 +232,26 @@ class Prompter:
             pictures=tuple(row.pictures for row in filled),
             shifts=tuple((following - lengths).tolist()),
         )
+
+    def _grids(self, processed: Mapping[str, Array], visual_index: Array) -> list[Grid]:
+        """Rows and columns of a prompt's pictures, or of the frames of its video."""
+        film = self.geometry.film
+        if film is None:
+            return [Grid(*(self.geometry.grid or (1, self.geometry.visual_tokens)))] * self.profile.images
+        times, rows, columns = self.geometry.layout[GRID]
+        seconds = float(processed[SECONDS][0]) if SECONDS in processed else 0.0
+        interval = float(np.float32(film.ticks) * np.float32(seconds)) if film.ticks else 1.0
+        whole = Grid(rows // film.merge, columns // film.merge, times, interval)
+        together = int(visual_index[-1] - visual_index[0]) + 1 == len(visual_index)
+        return [whole] if together else list(whole.split())
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What one prompt is about: its pictures, or a video's frames and when they are."""
+
+    pictures: tuple[Image.Image, ...]
+    times: FrameTimes | None = None
 
 
 @dataclass(frozen=True)

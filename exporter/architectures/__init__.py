@@ -12,6 +12,7 @@ from sievert.exporter.architectures.paligemma import PALIGEMMA
 from sievert.exporter.architectures.pixtral import PIXTRAL
 from sievert.exporter.architectures.qwen2_5_vl import QWEN2_5_VL
 from sievert.exporter.architectures.qwen2_vl import QWEN2_VL
+from sievert.exporter.architectures.qwen3_vl import QWEN3_VL
 from sievert.exporter.architectures.smolvlm import SMOLVLM
 
 ARCHITECTURES: tuple[Architecture, ...] = (
@@ -25,6 +26,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     MISTRAL3,
     QWEN2_VL,
     QWEN2_5_VL,
+    QWEN3_VL,
     GEMMA3,
     PALIGEMMA,
 )

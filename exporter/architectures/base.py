@@ -35,6 +35,21 @@ class TwoWay:
 
 
 @dataclass(frozen=True)
+class Video:
+    """How a family takes a video: the processor's array ``pixels``, the model's method ``features`` of it, ``visual`` as the key of the id
+    of visual tokens in the config.
+
+    ``whole``: the processor's bounds on pixels are those of all frames together. ``timed``: positions count the seconds between frames.
+    """
+
+    pixels: str = "pixel_values_videos"
+    features: str = "get_video_features"
+    visual: str = "video_token_id"
+    whole: bool = False
+    timed: bool = False
+
+
+@dataclass(frozen=True)
 class Architecture:
     """One family of checkpoints.
 
@@ -42,8 +57,9 @@ class Architecture:
     vision tower to its leading class tokens; ``decoders`` are model types. Without a ``tower`` the vision encoder is whatever the model
     does to one picture of the size that was asked for, ``image_size`` (height, width) by default, or the configuration's own where
     that is None too. ``rope_types`` are those whose tables do not depend on the data. ``processor`` names a class of transformers that
-    makes the same of pictures and text, where the family's own cannot be had without what it needs for videos. ``two_way`` is for models
-    whose attention is not causal everywhere; their sliding windows stay in the graph. ``first_position`` is the position of row 0.
+    makes the same of pictures and text, where the family's own cannot be had without what it needs for videos. Without a ``video`` there
+    is no export for videos. ``two_way`` is for models whose attention is not causal everywhere; their sliding windows stay in the graph.
+    ``first_position`` is the position of row 0.
     """
 
     name: str
@@ -55,6 +71,7 @@ class Architecture:
     processor: str = ""
     two_way: TwoWay | None = None
     first_position: int = 0
+    video: Video | None = None
     rope_types: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
 
     def __str__(self) -> str:

@@ -1,6 +1,6 @@
 """LLaVA-OneVision: a picture in tiles beside its small version, a token at the end of each row."""
 
-from sievert.exporter.architectures.base import Architecture
+from sievert.exporter.architectures.base import Architecture, Video
 
 LLAVA_ONEVISION = Architecture(
     name="llava-onevision",
@@ -8,4 +8,5 @@ LLAVA_ONEVISION = Architecture(
     towers={"siglip_vision_model": 0},
     decoders=("qwen2",),
     image_size=(768, 768),
+    video=Video(),
 )

@@ -1,6 +1,6 @@
 """Qwen2-VL: pictures of any size, merged patches, positions of three axes."""
 
-from sievert.exporter.architectures.base import Architecture
+from sievert.exporter.architectures.base import Architecture, Video
 
 QWEN2_VL = Architecture(
     name="qwen2-vl",
@@ -8,4 +8,5 @@ QWEN2_VL = Architecture(
     towers={"qwen2_vl_vision": 0},
     decoders=("qwen2_vl_text",),
     image_size=(448, 448),
+    video=Video(),
 )

@@ -148,7 +148,7 @@ def test_commands_refuse_what_the_bundle_has_not(bundle: Path, arguments: tuple[
     [
         (("--prompt", "w1 " * 40), ("text tokens, template included, but this variant takes 24", "--max-text")),
         (("--prompt", " "), "the prompt is empty"),
-        (("--prompt", "<image> what ?"), ("2 image tokens", "expected 1")),
+        (("--prompt", "<image> what <image> ?"), ("3 image tokens", "expected 1")),
         (("--prompt", ASK, "--max-new-tokens", 9), ("max_new_tokens=9", "1..8", "--max-new-tokens")),
         (("--prompt", ASK, "--temperature", -1), "temperature=-1.0"),
         (("--prompt", ASK, "--top-p", 0), "top_p=0.0"),

@@ -191,6 +191,7 @@ def test_inspect_shows_what_is_in_a_bundle(shared: Path):
     assert said.code == 0, said.all
     for part in ("LlavaForConditionalGeneration", "Sizes", "Variants", "Engines", "Graphs", "Weights", "Lint", "History"):
         assert part in said.out
+    assert "An image of 32x32 pixels (height x width): 16 visual tokens (4 rows, 4 columns)" in said.out
     for fact in ("1 x 48, 3 x 36", "kept_index.0 int64[1, 4]", "model.language_model.layers.0.self_attn.q_proj.weight", "export "):
         assert fact in said.out
     assert "Every file is what the manifest says" in said.out

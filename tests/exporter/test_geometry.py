@@ -40,6 +40,8 @@ def test_every_number(tmp_path: Path):
         "class_tokens": 0,
         "position_axes": 1,
         "visual_planes": 0,
+        "images": 0,
+        "film": None,
     }
 
 

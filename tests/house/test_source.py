@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from sievert.exporter.architectures import ARCHITECTURES
 from tests.house.tree import FOLDERS, ROOT, imported, modules, parse, python_files, repository_files
 
 LONGEST_FUNCTION = 90
 LONGEST_FILE = 350
+EXAMPLES = re.compile(r"llava-hf/llava-[\w.-]+( llava)?|path/to/llava")
+"""What messages and help show a checkpoint by."""
 LIBRARY = tuple(folder for folder in FOLDERS if folder != "api")
 
 # Put together here, so that this file does not hold what it looks for.
@@ -108,3 +111,16 @@ def test_the_search_for_machine_paths_finds_them(text: str):
 @pytest.mark.parametrize("text", ["https://example.org/home/x", "a/root/b", "~/opt/x", "./work/x", "/usr/bin/env"])
 def test_the_search_for_machine_paths_leaves_others_alone(text: str):
     assert not MACHINE.search(text)
+
+
+def test_no_generic_code_names_a_model_family():
+    """A family is a file of data in exporter/architectures, and a name is known there alone."""
+    stems = {match[0] for each in ARCHITECTURES if (match := re.match(r"[a-z]+", each.name))}
+    assert {"llava", "qwen", "idefics"} <= stems
+    wrong = []
+    for path in python_files(*FOLDERS):
+        if path.parent == ROOT / "exporter" / "architectures":
+            continue
+        for number, line in enumerate(EXAMPLES.sub("", path.read_text(encoding="utf-8")).splitlines(), 1):
+            wrong += [f"{path.relative_to(ROOT)}:{number}: {stem}" for stem in stems if stem in line.lower()]
+    assert wrong == []

@@ -91,11 +91,13 @@ def test_no_picture_counts_on() -> None:
     assert found[:, 0].tolist() == [[0, 1, 2, 2, 2]] * 3 and following.tolist() == [3]
 
 
-def test_pictures_beside_each_other() -> None:
-    """Two pictures without a word between them stay two."""
-    found, following = multi_axis_positions(np.arange(1, 7)[None], [8], 8, [[Grid(1, 2), Grid(2, 2)]])
-    assert found[:, 0].tolist() == [[0, 1, 1, 3, 3, 3, 3, 5], [0, 1, 1, 3, 3, 4, 4, 5], [0, 1, 2, 3, 4, 3, 4, 5]]
-    assert following.tolist() == [6]
+def test_pictures_beside_each_other_are_refused() -> None:
+    """The models tell two apart by what stands between: without a word there, transformers places the first one only, and fails."""
+    with pytest.raises(PromptError, match="prompt 1: picture 2 stands right behind the one before it"):
+        multi_axis_positions(np.arange(1, 7)[None], [8], 8, [[Grid(1, 2), Grid(2, 2)]])
+    found, following = multi_axis_positions(np.array([[1, 2, 4, 5, 6, 7]]), [9], 9, [[Grid(1, 2), Grid(2, 2)]])
+    assert found[:, 0].tolist() == [[0, 1, 1, 3, 4, 4, 4, 4, 6], [0, 1, 1, 3, 4, 4, 5, 5, 6], [0, 1, 2, 3, 4, 5, 4, 5, 6]]
+    assert following.tolist() == [7]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ GEOMETRY = Geometry(
     depth=1, width=64, heads=4, kv_heads=2, head_size=16, vocabulary=96, attention_scale=0.25, max_positions=512, image_token_id=4,
     pad_token_id=0, eos_token_ids=(2,), image_height=32, image_width=32, channels=3, grid=(4, 4), visual_tokens=16,
 )  # fmt: skip
-BOS, IMAGE, USER, ASSISTANT, WHICH, DIGIT, RED = 1, 4, 5, 6, 9, 13, 15
+BOS, IMAGE, USER, ASSISTANT, WHICH, IS, DIGIT, RED = 1, 4, 5, 6, 9, 11, 13, 15
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +86,8 @@ def test_empty_prompts_are_refused(prompter, prompt):
 
 
 def test_image_tokens_of_the_user_s_own_are_refused(prompter):
-    with pytest.raises(PromptError, match=r"2 image tokens \(<image>\), expected 1: leave them out"):
-        prompter.prepare([picture()], ["<image> red"])
+    with pytest.raises(PromptError, match=r"3 image tokens \(<image>\), expected 1: leave them out"):
+        prompter.prepare([picture()], ["<image> red <image>"])
     with pytest.raises(PromptError, match="takes one image per prompt"):
         prompter.prepare([picture()], ["<image> red <image>"], template=False)
 
@@ -99,6 +99,14 @@ def test_several_images_stand_before_the_question_in_their_order(pair):
     np.testing.assert_array_equal(batch.pixel_values[0, 0], batch.pixel_values[1, 1])
     assert (batch.pixel_values[0, 0] != batch.pixel_values[0, 1]).any()
     assert pair.prepare([[picture(), picture()]], ["red", "red"]).visual_index.tolist() == [list(range(2, 34))] * 3
+
+
+def test_a_templated_prompt_may_say_where_its_images_stand(prompter, pair):
+    batch = pair.prepare([[picture(), picture()]], ["which <image> is red <image>"])
+    assert batch.unpadded(0).tolist() == [BOS, USER, WHICH, *[IMAGE] * 16, IS, RED, *[IMAGE] * 16, ASSISTANT]
+    assert prompter.prepare([picture()], ["which <image>"]).unpadded(0).tolist() == [BOS, USER, WHICH, *[IMAGE] * 16, ASSISTANT]
+    with pytest.raises(PromptError, match="the prompt has 3 image tokens .* expected 2: leave them out"):
+        pair.prepare([[picture(), picture()]], ["which <image>"])
 
 
 def test_raw_prompts_say_where_each_image_stands(pair):
