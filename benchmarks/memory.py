@@ -310,7 +310,8 @@ def write_table(rows: Sequence[Row]) -> None:
         writer = csv.DictWriter(file, [field.name for field in fields(Row)])
         writer.writeheader()
         writer.writerows(asdict(row) for row in table)
-    code = hash_code(MEASURED)
+    now = hash_code(MEASURED)
+    code = next((row.code for row in table if row.code != now), now)  # one older row makes the table stale
     lines = [
         "# Memory, from a checkpoint to engines",
         "",
@@ -324,7 +325,7 @@ def write_table(rows: Sequence[Row]) -> None:
         "",
         "| shape | layers | what | weights, GiB | wall, s | processor, s | anonymous, GiB | resident, GiB | target | met |",
         "|---" * 10 + "|",
-        *(_line(row, code) for row in table),
+        *(_line(row, now) for row in table),
     ]
     (ROOT / "docs" / "memory.md").write_text("\n".join(lines) + "\n")
 

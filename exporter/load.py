@@ -99,6 +99,8 @@ def load_to_trace(checkpoint: Checkpoint, config: PreTrainedConfig, dtype: torch
     Raises:
         CheckpointError: weights missing, of another shape, unreadable, or not finite as ``dtype``.
     """
+    if getattr(config, "transformers_weights", None) is not None:  # files of another name, which transformers is left to find
+        return Loaded(load_model(checkpoint, config, dtype), {})
     try:
         stored = open_stored(checkpoint.folder, given=checkpoint.given)
     except _UNREADABLE as error:

@@ -23,6 +23,8 @@ INDEX: Final = "model.safetensors.index.json"
 LARGE: Final = 1 << 16
 """Elements above which a matrix is stood in for. The tracer computes constants from what is far smaller."""
 
+_CONVERTED: Final = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
 
 def open_stored(folder: Path, *, given: str) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint folder by its key: views of the mapped files, which cost no memory of the process.
@@ -55,11 +57,11 @@ def _map_file(path: Path) -> dict[str, torch.Tensor]:
 
 
 def make_blanks(stored: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """A blank for each large matrix of numbers that is not of ``dtype``; equal matrices, as of a tied head, share one."""
+    """A blank for each large matrix of plain numbers that is not of ``dtype``; equal matrices, as of a tied head, share one."""
     blanks: dict[str, torch.Tensor] = {}
     alike: dict[tuple[object, ...], list[str]] = defaultdict(list)
     for key, tensor in stored.items():
-        if tensor.ndim != 2 or tensor.numel() <= LARGE or not tensor.is_floating_point() or tensor.dtype == dtype:
+        if tensor.ndim != 2 or tensor.numel() <= LARGE or tensor.dtype == dtype or tensor.dtype not in _CONVERTED:
             continue
         # Two matrices are hardly ever of one first row: what lies behind is compared, and so read, only then.
         others = alike[tensor.shape, tensor.dtype, tensor[0].view(torch.uint8).numpy().tobytes()]

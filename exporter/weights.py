@@ -122,7 +122,7 @@ class WeightBinder:
         for transposed in (False, True):
             for name in alike:
                 parameter = self._state[name]
-                if transposed and tuple(parameter.shape)[::-1] != static_shape(tensor):
+                if transposed and (parameter.ndim != 2 or tuple(parameter.shape)[::-1] != static_shape(tensor)):
                     continue
                 key = name, transposed
                 if key not in self._digests:
