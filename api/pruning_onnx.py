@@ -85,7 +85,7 @@ def prune_onnx(
     if Path(out).resolve() == source.resolve().parent:
         raise BundleError(f"{out} is the source's own folder: choose another path")
     progress(f"reading {source.name}")
-    foreign = read_source(source)
+    foreign = read_source(source, any_length=True)
     geometry = describe_geometry(foreign, visual_tokens, grid)
     checked = make_plan(geometry, cuts, positions=positions, images=images)
     profile = make_profile(
@@ -110,8 +110,8 @@ def prune_onnx(
     return PrunedOnnx(path, read_pruned(path), found)
 
 
-def read_source(path: Path) -> ForeignDecoder:
-    """A graph of another tool, read and brought into form; weights stay in their files.
+def read_source(path: Path, *, any_length: bool) -> ForeignDecoder:
+    """A graph of another tool, read and brought into form; weights stay in their files. ``any_length``: it has to be of any length.
 
     Raises:
         InputError: no such file. IntegrityError: no ONNX graph, or weights that are not plain files beside it. GraphError: not a decoder.
@@ -119,12 +119,15 @@ def read_source(path: Path) -> ForeignDecoder:
     import onnx_ir as ir
 
     from sievert.bundle.external_data import check_external_data
-    from sievert.graph_passes.foreign.normalise import normalise
+    from sievert.graph_passes.foreign.normalise import check_lengths, normalise
 
     if not path.is_file():
         raise InputError(f"{path} is no file: give the ONNX graph of a decoder")
     check_external_data(path)
-    return normalise(ir.load(path))
+    model = ir.load(path)
+    if any_length:
+        check_lengths(model)
+    return normalise(model)
 
 
 def compare_decoders(source: Path, foreign: ForeignDecoder, decode: Path) -> None:
@@ -135,7 +138,7 @@ def compare_decoders(source: Path, foreign: ForeignDecoder, decode: Path) -> Non
     """
     from sievert.graph_passes.foreign.weights import digests
 
-    other = read_source(decode)
+    other = read_source(decode, any_length=False)  # it may be of one token
     for what in ("depth", "width", "heads", "kv_heads", "head_size", "dtype"):
         first, second = getattr(foreign.decoder, what), getattr(other.decoder, what)
         if first != second:

@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from sievert.graph_passes.foreign.match import Mismatch, at, producer
 
+_NORMS = ("RMSNormalization", "LayerNormalization")
 _TRANSPOSED = (1, 0)
 
 
@@ -27,6 +28,8 @@ def turn_head(model: ir.Model) -> Mismatch | bool:
     while node is not None and node.op_type == "Cast":
         node = node.inputs[0].producer() if node.inputs[0] is not None else None
     if node is None or node.op_type != "MatMul":
+        if node is not None and node.op_type in _NORMS:
+            return Mismatch("the graph ends with the final norm, without an lm_head: export the model that gives logits", at(node))
         capped = _find_cap(node)
         if capped is not None:
             return Mismatch("the logits are capped (softcap), which the passes do not carry over yet", at(capped))

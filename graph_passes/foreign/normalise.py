@@ -49,6 +49,26 @@ class _Progress:
     past: tuple[Past, ...] = ()
 
 
+def check_lengths(model: ir.Model) -> None:
+    """Refuse a graph of one batch or one length: its reshapes hold these as numbers, and no other can be made of it.
+
+    Raises:
+        GraphError: an input whose batch or length is fixed; the message names it.
+    """
+    for value in model.graph.inputs:
+        shape = value.shape
+        floats = value.dtype is not None and value.dtype.is_floating_point()
+        if value.is_initializer() or shape is None or len(shape) not in ((3, 4) if floats else (2,)):
+            continue
+        for axis, what in ((0, "batch"), (2 if len(shape) == 4 else 1, "length")):
+            size = shape[axis]
+            if isinstance(size, int) or str(size.value).isdigit():
+                raise GraphError(
+                    f"the input {value.name!r}{shape} has a fixed {what}: static graphs of other sizes cannot be made of it. "
+                    "Export it with dynamic axes for batch and length"
+                )
+
+
 def normalise(model: ir.Model) -> ForeignDecoder:
     """Bring ``model`` into form; it is changed on the way and may be left half done by an error.
 

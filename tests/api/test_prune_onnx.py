@@ -13,9 +13,11 @@ from typing import Any
 
 import onnx_ir as ir
 import pytest
+import torch
 
 import sievert as package
 from sievert.bundle.errors import BundleError, GraphError, InputError, IntegrityError, PlanError, ProfileError
+from sievert.graph_passes.lint import lint
 from tests.api.conftest import sievert
 from tests.graph_passes.foreign.compare import compare_with_transformers
 from tests.graph_passes.foreign.sources import (
@@ -190,3 +192,18 @@ def test_weights_behind_a_link_are_refused(tmp_path: Path):
 def test_a_file_that_is_not_there(tmp_path: Path):
     said = sievert("prune-onnx", tmp_path / "no.onnx", "--out", tmp_path / "out", *CHOICES)
     assert said.code == 2 and "is no file" in said.err
+
+
+def test_two_images_and_graphs_as_an_engine_builder_takes_them(source: Path, tmp_path: Path):
+    made = package.prune_onnx(source, tmp_path / "out", target="tensorrt-rtx", images=2, check=True, cuts=CUTS["iwp"], **SIZES)
+    assert made.check is not None and made.check.passed and made.record.profile.visual_tokens == 32
+    for name in ("prefill", "decode", "embed_tokens"):
+        assert [finding for finding in lint(ir.load(made.path / f"{name}.onnx"), "tensorrt-rtx") if finding.severity == "error"] == []
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("opset", [None, 23])
+def test_half_precision_exported_directly(opset: int | None, tmp_path: Path):
+    source = export_directly("llama", "embeds", opset, torch.float16)
+    made = package.prune_onnx(source, tmp_path / "out", cuts=CUTS["iwp"], check=True, **SIZES)
+    assert made.check is not None and made.check.passed

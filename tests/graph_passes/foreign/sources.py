@@ -81,10 +81,10 @@ def export_directly(shape: str, form: Form, opset: int | None, dtype: torch.dtyp
         inputs["past_key_values"] = past
     with quiet("exporting a decoder as a user would"):
         exported = library.OnnxExporter().export(model.to(dtype), inputs, config=library.OnnxConfig(dynamic=True, opset_version=opset))
-    model.to(torch.float32)
     path = scratch() / f"{shape}-{form}-{opset}-{dtype}" / "model.onnx"
     path.parent.mkdir()
     library.OnnxExporter.save_program(exported.program, path)
+    model.to(torch.float32)  # after saving: the program holds the parameters themselves
     return path
 
 

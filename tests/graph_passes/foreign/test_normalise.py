@@ -12,7 +12,7 @@ import pytest
 from sievert.bundle.errors import GraphError
 from sievert.graph_passes.causal import prove_causal
 from sievert.graph_passes.decoder import find_decoder
-from sievert.graph_passes.foreign.normalise import ForeignDecoder, normalise
+from sievert.graph_passes.foreign.normalise import ForeignDecoder, check_lengths, normalise
 from tests.graph_passes.foreign.sources import TINY, Compact, random_state
 
 
@@ -250,6 +250,13 @@ def fused_projection(model: ir.Model) -> None:
     product.replace_input_with(0, between.outputs[0])
 
 
+def no_head(model: ir.Model) -> None:
+    product = model.graph.outputs[0].producer()
+    assert product is not None and product.inputs[0] is not None
+    model.graph.outputs[0] = product.inputs[0]
+    product.inputs[0].shape, product.inputs[0].type = ir.Shape(["batch", "sequence", 32]), ir.TensorType(ir.DataType.FLOAT)
+
+
 def lost_cache(model: ir.Model) -> None:
     model.graph.outputs.pop()
 
@@ -271,6 +278,7 @@ REFUSED: dict[Callable[[ir.Model], None], tuple[str, str, str]] = {
     another_input: ("inputs", "purpose is not known: 'temperature'", "6 cache inputs"),
     three_axes: ("inputs", "expected one input of positions [batch, sequence]", "6 cache inputs"),
     fused_projection: ("layers", "the value projection reads", "logits and caches"),
+    no_head: ("lm_head", "without an lm_head", "logits and caches"),
     lost_cache: ("outputs", "5 cache outputs for 3 layers", "inputs 'input_ids'"),
 }
 
@@ -292,6 +300,19 @@ def test_a_layer_without_a_causal_mask_is_refused_when_its_length_is_known():
     one_bidirectional(model)
     with pytest.raises(GraphError, match="layer 1 is not causal at 20 tokens: row 0 sees row 1"):
         prove_causal(normalise(model).decoder, 20)
+
+
+@pytest.mark.parametrize(
+    ("name", "axis", "what"), [("input_ids", 1, "length"), ("attention_mask", 0, "batch"), ("past_key_values.1.key", 2, "length")]
+)
+def test_a_graph_of_one_size_is_refused(name: str, axis: int, what: str):
+    model = compact()
+    check_lengths(model)
+    value = next(value for value in model.graph.inputs if value.name == name)
+    assert value.shape is not None
+    value.shape = ir.Shape([7 if place == axis else size for place, size in enumerate(value.shape)])
+    with pytest.raises(GraphError, match=f"'{name}'.* has a fixed {what}"):
+        check_lengths(model)
 
 
 def test_a_softcap_inside_spelled_out_attention_is_named():
