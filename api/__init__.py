@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from sievert.pruning import prune
     from sievert.ranging import ranges
     from sievert.running import run
+    from sievert.tuning import tune
 
     __version__: str
 
@@ -86,6 +87,7 @@ __all__ = [
     "prune",
     "ranges",
     "run",
+    "tune",
     "write_plan",
 ]
 
@@ -107,6 +109,7 @@ _HOMES = {
     "prune": "pruning",
     "ranges": "ranging",
     "run": "running",
+    "tune": "tuning",
     "write_plan": "plan_file",
 }
 
