@@ -10,7 +10,7 @@ EXTRAS ?= cpu,tensorrt-rtx,dev
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed.stamp
 
-.PHONY: help demo test test-all lint types links tables accuracy agreement families sequential clean
+.PHONY: help demo test test-all lint types links tables accuracy agreement families sequential tuning clean
 
 help:
 	@echo "make demo      export, prune, build, check and ask the shipped model"
@@ -23,6 +23,7 @@ help:
 	@echo "make agreement every selector against PyTorch on the shipped model, and built for TensorRT for RTX (long)"
 	@echo "make families  every model family, from checkpoint to engines (long)"
 	@echo "make sequential what selectors that choose one by one cost"
+	@echo "make tuning    what the search of the pruning budget finds on the shipped model (long)"
 	@echo "make tables    whether the committed tables still measure this code"
 	@echo "make clean     remove the environment and the caches"
 
@@ -61,6 +62,9 @@ families: $(STAMP)
 
 sequential: $(STAMP)
 	$(BIN)/python benchmarks/sequential.py --rtx
+
+tuning: $(STAMP)
+	$(BIN)/python benchmarks/tuning.py
 
 # PyTorch goes in first: the pin decides its build once, and nothing later can swap it. setuptools comes with it, so that our own
 # build takes the pinned one instead of fetching another.

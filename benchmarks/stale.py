@@ -13,12 +13,14 @@ from benchmarks.agreement import MEASURED as AGREEMENT
 from benchmarks.families import MEASURED as FAMILIES
 from benchmarks.sequential import MEASURED as SEQUENTIAL
 from benchmarks.stamp import ROOT, hash_code
+from benchmarks.tuning import MEASURED as TUNING
 
 TABLES = {
     "docs/accuracy.md": (MEASURED, "make accuracy"),
     "docs/agreement.md": (AGREEMENT, "make agreement"),
     "docs/families.md": (FAMILIES, "make families"),
     "docs/sequential.md": (SEQUENTIAL, "make sequential"),
+    "docs/tuning.md": (TUNING, "make tuning"),
 }
 
 
