@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from sievert.pruning_onnx import prune_onnx
     from sievert.ranging import ranges
     from sievert.running import run
+    from sievert.tuning import tune
 
     __version__: str
 
@@ -88,6 +89,7 @@ __all__ = [
     "prune_onnx",
     "ranges",
     "run",
+    "tune",
     "write_plan",
 ]
 
@@ -110,6 +112,7 @@ _HOMES = {
     "prune_onnx": "pruning_onnx",
     "ranges": "ranging",
     "run": "running",
+    "tune": "tuning",
     "write_plan": "plan_file",
 }
 

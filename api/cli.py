@@ -1,7 +1,7 @@
 """The ``sievert`` command: its outermost layer, where errors become messages and exit codes.
 
-Exit codes: 0 done (and PASS), 1 a check failed, 2 what was given cannot be used, 3 AMBIGUOUS under ``--strict``, 70 a fault of
-Sievert's own, 130 interrupted.
+Exit codes: 0 done (and PASS), 1 a check failed or ``tune`` found no plan, 2 what was given cannot be used, 3 AMBIGUOUS under
+``--strict``, 70 a fault of Sievert's own, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from sievert import SievertError, cli_ask, cli_calibrate, cli_compare, cli_look, cli_make, cli_onnx
+from sievert import SievertError, cli_ask, cli_calibrate, cli_compare, cli_look, cli_make, cli_onnx, cli_tune
 from sievert import arguments as a
 from sievert.console import Screen, configure_output
 
@@ -49,7 +49,8 @@ class _Commands(TyperGroup):
             screen.error(" ".join([str(error), *getattr(error, "__notes__", ())]))
             raise typer.Exit(BAD_INPUT) from error
         except KeyboardInterrupt as error:
-            screen.error("nothing half-written was left behind; what was finished before stays", kind="interrupted")
+            said = "nothing half-written was left behind; what was finished before stays"
+            screen.error(" ".join([said, *(f"({note})" for note in getattr(error, "__notes__", ()))]), kind="interrupted")
             raise typer.Exit(INTERRUPTED) from error
         except (typer.Exit, typer.Abort):
             raise
@@ -156,6 +157,14 @@ app.command(
         'compare-selectors my-bundle --image photo.png --prompt "what is this?" --selectors iwp,fastv --layer 4 --keep 11% --out two.png',
     )
 )(cli_compare.compare_selectors)
+app.command(
+    epilog=examples(
+        "tune my-bundle --data questions.jsonl --target 99%",
+        "tune my-bundle --data questions.jsonl --target 98% --selector iwp --selector dart --layer 4 --keep 11%,22%,35%,50%",
+        "tune my-bundle --data questions.jsonl --target 97% --budget 40% --strict",
+    )
+    + "\n\nExit codes: 0 a plan keeps the target; 1 none does; 2 what was given cannot be used; 130 interrupted."
+)(cli_tune.tune)
 app.command(
     epilog=examples(
         "collect my-bundle --data questions.jsonl",

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from sievert.bundle.names import FULL
+from sievert.calibration.answers import Said
+from sievert.calibration.json_lines import writing
 from sievert.calibration.questions import Asked, Question
-from sievert.eval_journal import Said, writing
 from sievert.eval_score import INTERVALS, agrees, is_right
 
 REPORT: Final = "report.json"

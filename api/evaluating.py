@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +14,9 @@ from sievert.bundle.names import FULL, LOCK
 from sievert.bundle.plan import Plan
 from sievert.bundle.profile import Profile
 from sievert.bundle.store import Bundle
+from sievert.calibration.answers import NAME, Journal, Said
+from sievert.calibration.identity import identify_graphs
+from sievert.calibration.json_lines import writing
 from sievert.calibration.questions import Question, Questions, check_questions, read_questions
 from sievert.diagnosing import find_memory_gib
 from sievert.engines.run.files import find_model
@@ -22,7 +24,6 @@ from sievert.engines.run.generate import generate
 from sievert.engines.run.pipeline import GRAPHS, Features, Pipeline
 from sievert.engines.run.prompt import Prompter
 from sievert.engines.run.registry import find_runtime
-from sievert.eval_journal import NAME, Journal, Said, writing
 from sievert.eval_report import write_report
 from sievert.eval_score import Score, score_variant
 from sievert.progress import Progress, Size, silent
@@ -141,13 +142,7 @@ def identify(bundle: Bundle, variant: str, engine: str) -> str:
         VariantError: no such variant, or it has no such engine.
     """
     runtime = find_runtime(engine)
-    digest = hashlib.sha256()
-    for graph in GRAPHS:
-        digest.update(f"{graph} {find_model(bundle, variant, graph, runtime, '').sha256}\n".encode())
-    for name, entry in sorted(bundle.manifest.files.items()):
-        if not name.endswith((".onnx", ".engine")):
-            digest.update(f"{name} {entry.sha256}\n".encode())
-    return digest.hexdigest()
+    return identify_graphs(bundle, {graph: find_model(bundle, variant, graph, runtime, "").sha256 for graph in GRAPHS})
 
 
 def check_place(bundle: Bundle, out: Path) -> Path:

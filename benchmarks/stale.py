@@ -14,6 +14,7 @@ from benchmarks.families import MEASURED as FAMILIES
 from benchmarks.memory import MEASURED as MEMORY
 from benchmarks.sequential import MEASURED as SEQUENTIAL
 from benchmarks.stamp import ROOT, hash_code
+from benchmarks.tuning import MEASURED as TUNING
 
 TABLES = {
     "docs/accuracy.md": (MEASURED, "make accuracy"),
@@ -21,6 +22,7 @@ TABLES = {
     "docs/families.md": (FAMILIES, "make families"),
     "docs/memory.md": (MEMORY, "make memory"),
     "docs/sequential.md": (SEQUENTIAL, "make sequential"),
+    "docs/tuning.md": (TUNING, "make tuning"),
 }
 
 

@@ -64,14 +64,15 @@ def writing_beside(place: Path, *, force: bool) -> Iterator[Path]:
             with writing(place, everywhere=True):
                 (folder / LOCK).unlink()
                 sync(folder)
-                _move(folder, place)
+                move_into(folder, place)
                 sync(place.parent)
     finally:
         # Before the move these are the unfinished files, after it those that were replaced.
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _move(folder: Path, place: Path) -> None:
+def move_into(folder: Path, place: Path) -> None:
+    """Give ``folder`` the name ``place`` in one step; what stood there may be left under the old name, for the caller to remove."""
     if not place.exists() or not any(path.name != LOCK for path in place.iterdir()):
         if place.exists():
             shutil.rmtree(place)

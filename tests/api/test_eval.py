@@ -14,9 +14,9 @@ from PIL import Image
 
 import sievert as package
 from sievert.bundle.errors import InputError
+from sievert.calibration.answers import Journal, Said
 from sievert.calibration.questions import Asked, normalise
 from sievert.engines.run.pipeline import Pipeline
-from sievert.eval_journal import Journal, Said
 from sievert.eval_score import estimate_change, estimate_share
 from tests.api.conftest import content, sievert
 from tests.api.test_bad_input import png_of_claimed_size, refused
@@ -261,7 +261,7 @@ def test_what_cannot_be_written_is_said_with_its_own_reason(tmp_path: Path, monk
             raise fault
 
         with monkeypatch.context() as patch:
-            patch.setattr(Journal, "_append", fail)
+            patch.setattr(Path, "open", fail)
             with pytest.raises(InputError, match=rf"{tmp_path} cannot be written \({reason}\)"):
                 journal.add("full", "01", answers)
     assert journal.said("01") == {} and journal.add("full", "01", answers) == 1 and journal.add("full", "01", answers) == 0

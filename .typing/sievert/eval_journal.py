@@ -1,1 +1,0 @@
-../../api/eval_journal.py
