@@ -10,7 +10,7 @@ EXTRAS ?= cpu,tensorrt-rtx,dev
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed.stamp
 
-.PHONY: help demo test test-all lint types links tables accuracy agreement families memory sequential clean
+.PHONY: help demo test test-all lint types links tables accuracy agreement families memory sequential performance clean
 
 help:
 	@echo "make demo      export, prune, build, check and ask the shipped model"
@@ -24,6 +24,7 @@ help:
 	@echo "make families  every model family, from checkpoint to engines (long)"
 	@echo "make memory    peak memory from a checkpoint to engines, at 0.5 and 3 billion parameters (long; 25 GB of disk)"
 	@echo "make sequential what selectors that choose one by one cost"
+	@echo "make performance prefill, decode and selecting against their limits (long)"
 	@echo "make tables    whether the committed tables still measure this code"
 	@echo "make clean     remove the environment and the caches"
 
@@ -65,6 +66,9 @@ memory: $(STAMP)
 
 sequential: $(STAMP)
 	$(BIN)/python benchmarks/sequential.py --rtx
+
+performance: $(STAMP)
+	$(BIN)/python benchmarks/performance.py
 
 # PyTorch goes in first: the pin decides its build once, and nothing later can swap it. setuptools comes with it, so that our own
 # build takes the pinned one instead of fetching another.
