@@ -12,6 +12,7 @@ import os
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,6 @@ from benchmarks.performance_model import KEEPS, LAYER, TEXT, VISUAL, Reference, 
 from benchmarks.performance_rows import Case, Row, judge
 from benchmarks.performance_select import share_rows
 from benchmarks.stamp import ROOT, describe_machine, hash_code
-from sievert.engines.run.timing import take_turns
 from sievert.graph_passes.bound import build_bound
 from sievert.graph_passes.flops import count_flops
 
@@ -65,7 +65,7 @@ def _select(case: Case, reference: Reference, shape: str, *, ideal: bool) -> lis
         }
         if ideal:
             arms["full"] = reference.load("full", "prefill").run
-        seconds = take_turns(arms, case.rounds)
+        seconds = case.take_turns(arms)
         gain = flops / count_flops(reference.graph(name_of(keep), "prefill"))
         rows.append(judge(f"pruned prefill over its bound, {keep}, {shape}", seconds["pruned"], seconds["bound"], at_most=1.02))
         if ideal:
@@ -82,13 +82,12 @@ def torch_rows(case: Case) -> list[Row]:
     reference = case.reference()
     model = peers.load_torch(reference.checkpoint, case.threads)
     length, keep = reference.profile.sequence, reference.bundle.variant(name_of(KEEPS[-1])).plan.stages[0].keep
-    whole = take_turns({"ours": reference.load("full", "prefill").run, "theirs": peers.run_torch(model, length)}, case.rounds)
-    pruned = take_turns(
+    whole = case.take_turns({"ours": reference.load("full", "prefill").run, "theirs": peers.run_torch(model, length)})
+    pruned = case.take_turns(
         {
             "ours": reference.load(name_of(KEEPS[-1]), "prefill").run,
             "theirs": peers.run_torch_pruned(model, length, reference.layer, VISUAL, keep),
-        },
-        case.rounds,
+        }
     )
     note = "the hooks are given what to keep"
     return [
@@ -104,7 +103,7 @@ def flops_rows(case: Case) -> list[Row]:
     length = reference.profile.sequence
     shapes = [_shape(node.inputs[1]) for node in products if _shape(node.inputs[0])[-2] == length]  # the last layer has but one row
     run, bare = peers.run_products([(inner, outer) for inner, outer in shapes], length, case.threads)
-    seconds = take_turns({"ours": reference.load("full", "prefill").run, "bare": run}, case.rounds)
+    seconds = case.take_turns({"ours": reference.load("full", "prefill").run, "bare": run})
     flops = count_flops(reference.graph("full", "prefill"))
     ours, theirs = ([count / each for each in times] for count, times in ((flops, seconds["ours"]), (bare, seconds["bare"])))
     only = [bare_time / time for bare_time, time in zip(seconds["bare"], seconds["ours"], strict=True)]
@@ -127,7 +126,7 @@ def export_rows(case: Case) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         theirs = peers.export_own(model, reference.profile.sequence, Path(folder), case.threads)
         del model
-        seconds = take_turns({"ours": reference.load("full", "prefill").run, "theirs": theirs}, case.rounds)
+        seconds = case.take_turns({"ours": reference.load("full", "prefill").run, "theirs": theirs})
     return [
         judge('unpruned prefill over transformers\' own ONNX export, ort_fusions="cpu"', seconds["ours"], seconds["theirs"], at_most=0.95)
     ]
@@ -174,6 +173,7 @@ class Options:
     vocabulary: int
     rounds: int
     threads: int
+    processor_time: bool
     work: str
 
 
@@ -185,18 +185,21 @@ def read_options() -> Options:
     parser.add_argument("--vocabulary", type=int, default=VOCABULARY, help="a smaller one, to try it; writes nothing")
     parser.add_argument("--rounds", type=int, default=FEWEST, help=f"interleaved pairs; fewer than {FEWEST} write nothing")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of every engine")
+    parser.add_argument("--processor-time", action="store_true", help="for a busy machine, best with --threads 1; writes nothing")
     parser.add_argument("--work", default="", help="folder of the models, which stay there; default: one that is removed")
     found = parser.parse_args()
     if found.layers < 2:
         parser.error(f"--layers {found.layers}: a cut needs a layer on either side")
-    return Options(tuple(found.only or ROWS), found.layers, found.vocabulary, found.rounds, found.threads, found.work)
+    return Options(tuple(found.only or ROWS), found.layers, found.vocabulary, found.rounds, found.threads, found.processor_time, found.work)
 
 
 def main() -> None:
     """Measure the rows and say them."""
     options = read_options()
     with tempfile.TemporaryDirectory() as temporary:
-        case = Case(Path(options.work or temporary), options.layers, options.vocabulary, options.rounds, options.threads, make_reference)
+        clock = time.process_time if options.processor_time else time.perf_counter
+        sizes = (options.layers, options.vocabulary, options.rounds, options.threads)
+        case = Case(Path(options.work or temporary), *sizes, clock, make_reference)
         rows = []
         for name in options.only:
             sys.stderr.write(f"{name} ...\n")
@@ -204,7 +207,12 @@ def main() -> None:
                 rows.append(row)
                 sys.stdout.write(row.line() + "\n")
                 sys.stdout.flush()
-    if set(options.only) == set(ROWS) and (options.layers, options.vocabulary) == (LAYERS, VOCABULARY) and options.rounds >= FEWEST:
+    if (
+        set(options.only) == set(ROWS)
+        and (options.layers, options.vocabulary) == (LAYERS, VOCABULARY)
+        and options.rounds >= FEWEST
+        and not options.processor_time
+    ):
         write_table(rows, case)
         sys.stdout.write("made docs/performance.md\n")
 

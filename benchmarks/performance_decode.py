@@ -17,7 +17,6 @@ from benchmarks.performance_rows import Case, Row, judge
 from sievert.bundle.plan import Plan
 from sievert.bundle.profile import Profile
 from sievert.engines.run.alone import Alone
-from sievert.engines.run.timing import take_turns
 from sievert.graph_passes.decode import build_decode
 from sievert.graph_passes.decoder import find_decoder
 from sievert.graph_passes.finish import FixShapes
@@ -39,7 +38,7 @@ def decode_rows(case: Case) -> list[Row]:
             "export": peers.export_own_decode(model, length, NEW, Path(folder), case.threads, TOKENS),
             "stream": stream,
         }
-        seconds = take_turns(arms, case.rounds)
+        seconds = case.take_turns(arms)
     moved = count_bytes(reference.graph("full", "decode"))
     ours = [TOKENS * moved / each for each in seconds["ours"]]
     memory = [streamed / each for each in seconds["stream"]]
@@ -64,7 +63,7 @@ def cache_rows(case: Case) -> list[Row]:
             "pruned": make_decode(reference, plan, profile),
         }
         arms = {name: _steps(reference.load_model(graph, f"{name}.decode", profile)) for name, graph in graphs.items()}
-        seconds = take_turns(arms, case.rounds)
+        seconds = case.take_turns(arms)
         roofline = count_bytes(graphs["pruned"]) / count_bytes(graphs["full"])
         what = f"decode pruned to {KEEPS[-1]} over unpruned, {visual} visual tokens"
         rows.append(judge(what, seconds["pruned"], seconds["full"], note=f"by bytes moved {roofline:.3f}"))

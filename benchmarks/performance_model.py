@@ -85,8 +85,9 @@ def plan_for(visual: int, keep: str, layer: int) -> Plan:
 
 def make_reference(folder: Path, *, layers: int, vocabulary: int, threads: int, kv_heads: int = 2) -> Reference:
     """Make the checkpoint, export it and prune it, all through the public functions. ``kv_heads`` 14 is the multi-head shape."""
-    checkpoint = make_tiny_llava(
-        folder / "checkpoint",
+    checkpoint = folder / "checkpoint"
+    make_tiny_llava(
+        checkpoint,
         decoder="qwen2",
         layers=layers,
         heads=14,
@@ -102,7 +103,7 @@ def make_reference(folder: Path, *, layers: int, vocabulary: int, threads: int, 
     )
     layer = min(LAYER, layers - 1)
     bundle = folder / "bundle"
-    sievert.export(checkpoint, bundle, cuts=(), max_text=TEXT, max_new_tokens=NEW)
+    sievert.export(checkpoint, bundle, cuts=(), max_text=TEXT, max_new_tokens=NEW, force=bundle.exists())
     for keep in KEEPS:
         sievert.prune(bundle, cuts=(sievert.Cut(layer=layer, keep=keep),), name=name_of(keep))
     sievert.build(bundle, engines=[RUNTIME_NAME])

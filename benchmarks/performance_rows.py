@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.performance_model import Reference
-from sievert.engines.run.timing import Ratio, compare
+from sievert.engines.run.timing import Ratio, compare, take_turns
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,13 @@ class Case:
     vocabulary: int
     rounds: int
     threads: int
+    clock: Callable[[], float]
     make: Callable[..., Reference]
     _made: dict[int, Reference] = field(default_factory=dict)
+
+    def take_turns(self, arms: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
+        """Seconds of each arm in each round."""
+        return take_turns(arms, self.rounds, clock=self.clock)
 
     def reference(self, kv_heads: int = 2) -> Reference:
         """The reference model with this many key heads, made once."""
