@@ -14,11 +14,11 @@ from onnxscript import GraphBuilder
 from sievert.bundle.plan import Plan
 from sievert.bundle.profile import Profile
 from sievert.bundle.specs import Geometry
+from sievert.graph_passes.causal import read_sights
 from sievert.graph_passes.decoder import find_decoder
 from sievert.graph_passes.finish import FixShapes
 from sievert.graph_passes.groups import Cutting, Group, make_cuttings
 from sievert.graph_passes.prefill import build_prefill
-from sievert.graph_passes.causal import read_sights
 from sievert.graph_passes.selectors.base import Selection, Selector, StageInputs
 from sievert.graph_passes.selectors.options import number
 
