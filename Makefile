@@ -10,7 +10,7 @@ EXTRAS ?= cpu,tensorrt-rtx,dev
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed.stamp
 
-.PHONY: help demo test test-all lint types links tables accuracy agreement families memory sequential tuning clean
+.PHONY: help demo test test-all lint types links tables accuracy agreement families memory sequential tuning performance clean
 
 help:
 	@echo "make demo      export, prune, build, check and ask the shipped model"
@@ -25,6 +25,7 @@ help:
 	@echo "make memory    peak memory from a checkpoint to engines, at 0.5 and 3 billion parameters (long; 25 GB of disk)"
 	@echo "make sequential what selectors that choose one by one cost"
 	@echo "make tuning    what the search of the pruning budget finds on the shipped model (long)"
+	@echo "make performance prefill, decode and selecting against their limits (long)"
 	@echo "make tables    whether the committed tables still measure this code"
 	@echo "make clean     remove the environment and the caches"
 
@@ -69,6 +70,9 @@ sequential: $(STAMP)
 
 tuning: $(STAMP)
 	$(BIN)/python benchmarks/tuning.py
+
+performance: $(STAMP)
+	$(BIN)/python benchmarks/performance.py
 
 # PyTorch goes in first: the pin decides its build once, and nothing later can swap it. setuptools comes with it, so that our own
 # build takes the pinned one instead of fetching another.

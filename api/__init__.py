@@ -35,6 +35,7 @@ from sievert.bundle.errors import (
 )
 
 if TYPE_CHECKING:
+    from sievert.benching import bench
     from sievert.building import build
     from sievert.checking import check
     from sievert.collecting import collect, load_collection
@@ -73,6 +74,7 @@ __all__ = [
     "UnsupportedModelError",
     "VariantError",
     "__version__",
+    "bench",
     "build",
     "check",
     "collect",
@@ -96,6 +98,7 @@ __all__ = [
 # Modules are not named like the functions: importing a module `sievert.export` would put it in the function's place.
 _HOMES = {
     "Cut": "planning",
+    "bench": "benching",
     "build": "building",
     "check": "checking",
     "collect": "collecting",

@@ -261,6 +261,23 @@ TuneOut = Annotated[
 ]
 ForceResults = Annotated[bool, Option("--force", help="Replace the results that stand there, and go on from their answers.")]
 
+# bench
+BenchEngines = Annotated[
+    list[str] | None, Option("--engine", metavar="NAME", help="May be repeated. Default: all of the bundle that run here.")
+]
+Against = Annotated[
+    str,
+    Option(
+        "--against",
+        metavar="VARIANT|BUNDLE",
+        help="What times are compared with: a variant, or another bundle of the same model. Default: full.",
+        show_default=False,
+    ),
+]
+Rounds = Annotated[int, Option("--rounds", metavar="N", help="Interleaved rounds; 15 or more for intervals that mean something.")]
+BenchTokens = Annotated[int, Option("--tokens", metavar="N", help="Tokens decoded in each round.")]
+Profiled = Annotated[bool, Option("--profile", help="Also say what each layer, the selector and the head take of prefill.")]
+
 # compare-selectors
 OnePrompt = Annotated[str, Option("--prompt", metavar="TEXT", help="A question.", show_default=False)]
 SomeSelectors = Annotated[

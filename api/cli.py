@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from sievert import SievertError, cli_ask, cli_calibrate, cli_compare, cli_look, cli_make, cli_onnx, cli_tune
+from sievert import SievertError, cli_ask, cli_bench, cli_calibrate, cli_compare, cli_look, cli_make, cli_onnx, cli_tune
 from sievert import arguments as a
 from sievert.console import Screen, configure_output
 
@@ -151,6 +151,13 @@ app.command(
         "eval my-bundle --data questions.jsonl --variant iwp-22 --limit 200 --out results",
     ),
 )(cli_compare.evaluate)
+app.command(
+    epilog=examples(
+        "bench my-bundle",
+        "bench my-bundle --variant iwp-22 --profile --json bench.json",
+        "bench my-bundle --variant iwp-22 --against other-bundle --rounds 31",
+    ),
+)(cli_bench.bench)
 app.command(
     epilog=examples(
         'compare-selectors my-bundle --image photo.png --prompt "what is this?"',

@@ -12,6 +12,7 @@ from benchmarks.accuracy import MEASURED
 from benchmarks.agreement import MEASURED as AGREEMENT
 from benchmarks.families import MEASURED as FAMILIES
 from benchmarks.memory import MEASURED as MEMORY
+from benchmarks.performance import MEASURED as PERFORMANCE
 from benchmarks.sequential import MEASURED as SEQUENTIAL
 from benchmarks.stamp import ROOT, hash_code
 from benchmarks.tuning import MEASURED as TUNING
@@ -21,6 +22,7 @@ TABLES = {
     "docs/agreement.md": (AGREEMENT, "make agreement"),
     "docs/families.md": (FAMILIES, "make families"),
     "docs/memory.md": (MEMORY, "make memory"),
+    "docs/performance.md": (PERFORMANCE, "make performance"),
     "docs/sequential.md": (SEQUENTIAL, "make sequential"),
     "docs/tuning.md": (TUNING, "make tuning"),
 }

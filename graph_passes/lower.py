@@ -16,6 +16,7 @@ from onnx.checker import ValidationError
 from onnx.shape_inference import InferenceError
 
 from sievert.bundle.errors import GraphError
+from sievert.graph_passes.lowering.blocks import SplitCausalAttention
 from sievert.graph_passes.lowering.decompose import DecomposeAttention
 from sievert.graph_passes.lowering.simple import CumSumInFloat, DropSoftmaxPrecision
 from sievert.graph_passes.lowering.targets import TARGETS, Target
@@ -31,7 +32,10 @@ _TENSORRT: Final[tuple[ir.passes.InPlacePass, ...]] = (
 
 PASSES: Final[Mapping[Target, tuple[ir.passes.InPlacePass, ...]]] = MappingProxyType(
     {
-        "onnxruntime": (),  # takes the contract's operators as they are; bfloat16 has few kernels on the CPU, which lint says
+        # Both take the contract's operators as they are. The CPU's kernel computes all scores of a causal attention, a fused one on a GPU
+        # does not. bfloat16 has few kernels on the CPU, which lint says.
+        "onnxruntime": (SplitCausalAttention(),),
+        "onnxruntime-cuda": (),
         "tensorrt-rtx": _TENSORRT,
         "tensorrt": (*_TENSORRT, CumSumInFloat()),
     }

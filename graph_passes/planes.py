@@ -36,9 +36,13 @@ class Planes:
             words = op.Expand([rows.visual], [rows.batch, rows.length])
             self._places: ir.Value = op.ScatterElements(words, rows.visual_index, rows.original_visual, axis=1)  # [B, S]
 
+    def has(self, layer: Layer) -> bool:
+        """Whether there is one for this layer."""
+        return layer.index < len(self._values)
+
     def add(self, segment: Instance, layer: Layer, rows: Rows) -> None:
         """Let the output of ``layer`` on ``rows`` contain its plane, if it has one: of the tokens that are left, each its own."""
-        if layer.index >= len(self._values):
+        if not self.has(layer):
             return
         build, op, node = self._build, self._build.op, layer.residual_out.producer()
         if node is None or node.op_type != "Add":

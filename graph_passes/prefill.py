@@ -6,9 +6,11 @@ Before::
 
 After::
 
-    inputs_embeds[B, S, D] -> layers 0..l-1 -> selector -> kept rows -> layers l.. -> last real row -> logits[B, V]
+    inputs_embeds[B, S, D] -> layers 0..l-1 -> selector -> kept rows -> layers l.. -> last layer's last real row -> logits[B, V]
                                   |                                       |
                           present.{i} [B, G, C_0, d]              present.{i} [B, G, C_1, d]
+
+Of the last layer only keys and values are needed of every row; everything else is computed of the last real row alone.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from sievert.graph_passes.decoder import Decoder, Layer
 from sievert.graph_passes.groups import Cutting, select_by_image
 from sievert.graph_passes.instance import Instance
 from sievert.graph_passes.planes import Planes
-from sievert.graph_passes.rows import cut_rows, describe_rows, gather_rows
+from sievert.graph_passes.rows import cut_rows, describe_rows, gather_positions, gather_rows
 from sievert.graph_passes.selectors.base import StageGeometry, StageInputs, Tap
 from sievert.graph_passes.sight import ALL_CAUSAL, Places, Sight, Sights, find_displaced, name_original_row, see
 from sievert.graph_passes.vision_scores import VISUAL_SCORES
@@ -183,15 +185,44 @@ class _Splice:
 
     def attend(self, layer: Layer) -> None:
         """Attention over the fresh keys and values, which are also written to rows 0..n-1 of the caches."""
+        if self._needs_one_row(layer):
+            self._attend_last(layer)
+            return
         op, segment, sight = self._build.op, self._segment, self._sights.of(layer.index)
         query, key, value = segment.get(layer.q_rotary), segment.get(layer.k_rotary), segment.get(layer.v)
         mask = [] if sight.causal else [self._mask(sight)]
         options = {"is_causal": 1} if sight.causal else {}
         segment.bind(layer.attended, op.Attention(query, key, value, *mask, **options, **attention_options(layer)))
-        caches = self._caches[layer.index]
+        self._store(layer, key, value)
+        self._planes.add(segment, layer, self._rows)
+
+    def _needs_one_row(self, layer: Layer) -> bool:
+        """Whether only the last real row of this layer's output is read, and that row sees all rows up to itself."""
+        return layer is self._decoder.layers[-1] and self._sights.of(layer.index).causal and not self._planes.has(layer)
+
+    def _attend_last(self, layer: Layer) -> None:
+        """As :meth:`attend`, but go on with the last real row alone: ``[B, 1, D]``."""
+        build, op, rows = self._build, self._build.op, self._rows
+        key, value = self._segment.get(layer.k_rotary), self._segment.get(layer.v)
+        self._store(layer, key, value)
+        last = self._find_last()
+        stream = gather_rows(build, self._segment.get(layer.residual), last)  # [B, 1, D]
+        positions = gather_positions(build, rows, last, (rows.batch, 1))
+        self._segment = row = enter_decoder(build, self._decoder, layer.index, stream, positions, scope="last", weights=self._weights)
+        seen = op.LessOrEqual(op.Unsqueeze(op.Range(0, rows.length, 1), [0, 1, 2]), op.Unsqueeze(last, [1, 2]))  # [B, 1, 1, S']
+        row.bind(layer.attended, op.Attention(row.get(layer.q_rotary), key, value, seen, **attention_options(layer)))
+
+    def _store(self, layer: Layer, key: ir.Value, value: ir.Value) -> None:
+        """Write a layer's keys and values to its caches."""
+        op, caches = self._build.op, self._caches[layer.index]
         self._presents.append((f"present.{layer.index}.key", op.TensorScatter(caches[0], key, axis=2)))
         self._presents.append((f"present.{layer.index}.value", op.TensorScatter(caches[1], value, axis=2)))
-        self._planes.add(segment, layer, self._rows)
+
+    def _find_last(self) -> ir.Value:
+        """The row of the last real token among those that are left: ``[B, 1]``."""
+        op, dropped = self._build.op, self._profile.sequence - self._rows.length
+        last: ir.Value = op.Sub(op.ReduceSum(self._attention_mask, [1], keepdims=1), dropped + 1)
+        return last
 
     def _mask(self, sight: Sight) -> ir.Value:
         """``[B, 1, S, S]`` bool over the rows that are left, made once for all layers of a stage that see alike."""
@@ -204,10 +235,10 @@ class _Splice:
 
     def finish(self) -> ir.Model:
         """Logits of the last real row, and all outputs."""
-        build, op = self._build, self._build.op
-        dropped = self._profile.sequence - self._rows.length
-        last = op.Sub(op.ReduceSum(self._attention_mask, [1], keepdims=1), dropped + 1)  # [B, 1] row of the last real token
-        hidden = gather_rows(build, self._segment.get(self._decoder.layers[-1].residual_out), last)  # [B, 1, D]
+        build, layer = self._build, self._decoder.layers[-1]
+        hidden = self._segment.get(layer.residual_out)
+        if not self._needs_one_row(layer):
+            hidden = gather_rows(build, hidden, self._find_last())  # [B, 1, D]
         logits = emit_logits(build, self._decoder, hidden, self._weights)
         for name, value in [("logits", logits), *self._presents, *self._kept]:
             add_named_output(build, value, name)

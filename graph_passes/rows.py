@@ -102,7 +102,7 @@ def cut_rows(build: GraphBuilder, rows: Rows, order: ir.Value, keep: int, *, com
     kept = op.GatherElements(rows.visual_index, places, axis=1)  # [B, K] rows of this sequence
     stays = _scatter_ones(build, op.Cast(op.Not(rows.is_visual), to=ir.DataType.INT64), kept, (batch, keep))  # [B, S]
     source, slot = _order_kept_first(build, stays, (batch, length), after)
-    position_ids = _gather_positions(build, rows, source, (batch, after))
+    position_ids = gather_positions(build, rows, source, (batch, after))
     if compact:
         first = rows.first_position
         position_ids = op.Expand(op.Unsqueeze(op.Range(first, first + after, 1), [0]), [batch, after])
@@ -143,8 +143,8 @@ def gather_rows(build: GraphBuilder, stream: ir.Value, source: ir.Value) -> ir.V
     return rows
 
 
-def _gather_positions(build: GraphBuilder, rows: Rows, source: ir.Value, shape: tuple[int, int]) -> ir.Value:
-    """Positions of the rows ``source`` of ``shape``, each with all its axes."""
+def gather_positions(build: GraphBuilder, rows: Rows, source: ir.Value, shape: tuple[int, int]) -> ir.Value:
+    """Positions of the rows ``source`` of ``shape`` ``[B, n]``, each with all its axes: ``[B, n]`` or ``[A, B, n]``."""
     op, axes = build.op, rows.position_axes
     index = source if axes == 1 else op.Expand(source, [axes, *shape])
     positions: ir.Value = op.GatherElements(rows.position_ids, index, axis=1 if axes == 1 else 2)

@@ -41,7 +41,7 @@ BUILDERS: Final = MappingProxyType(
         builder.engine: builder
         for builder in (
             Builder("onnxruntime", "onnxruntime"),
-            Builder("onnxruntime-cuda", "onnxruntime"),
+            Builder("onnxruntime-cuda", "onnxruntime-cuda"),
             Builder(
                 "tensorrt-rtx", "tensorrt-rtx", "tensorrt_rtx", capabilities=("SM75", "SM80", "SM86", "SM89", "SM120", "SM121", "CURRENT")
             ),

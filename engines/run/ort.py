@@ -11,6 +11,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -36,11 +37,13 @@ class OnnxRuntime:
 
     ``prepack``: on the CPU every session keeps its own copy of the weights in the order its kernels like. Without it all sessions read the
     one mapped file, which is slower and takes the memory of one model (docs/memory.md).
+    ``profile``: the beginning of the files that its sessions write what every operator takes to; empty: none is written.
     """
 
     provider: Provider = "CPUExecutionProvider"
     threads: int = 0
     prepack: bool = True
+    profile: str = ""
 
     @property
     def name(self) -> str:
@@ -108,6 +111,9 @@ class OnnxRuntime:
         options.log_severity_level = _ERRORS_ONLY
         if not self.prepack:
             options.add_session_config_entry("session.disable_prepacking", "1")
+        if self.profile:
+            options.enable_profiling = True
+            options.profile_file_prefix = self.profile
         if model.content is not None:
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(model.path.parent))
         return options
@@ -153,6 +159,10 @@ class OrtSession:
         except failures() as error:
             raise EngineError(f"{self._graph}: ONNX Runtime failed: {error}") from error
         return results
+
+    def end_profile(self) -> Path:
+        """Stop profiling and say where the profile is; for a runtime that was given ``profile``, once."""
+        return Path(self._session.end_profiling())
 
 
 def installed_wheels() -> list[str]:

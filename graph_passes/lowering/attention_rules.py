@@ -111,7 +111,7 @@ ATTENTION_RULES: Final = (
         "Runtime 1.31 runs it; with a row for each query it runs",
         fix="expand the mask to every query row",
         find=_find_short_masks,
-        targets=frozenset({"onnxruntime"}),
+        targets=frozenset({"onnxruntime", "onnxruntime-cuda"}),
     ),
     Rule(
         "attention-softmax-precision",

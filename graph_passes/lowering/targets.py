@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final, Literal, get_args
 
-Target = Literal["onnxruntime", "tensorrt-rtx", "tensorrt"]
+Target = Literal["onnxruntime", "onnxruntime-cuda", "tensorrt-rtx", "tensorrt"]
 
 TARGETS: Final[tuple[Target, ...]] = get_args(Target)
 BUILDERS: Final[frozenset[Target]] = frozenset({"tensorrt-rtx", "tensorrt"})

@@ -102,7 +102,7 @@ def test_onnx_runtime_gets_its_graphs_recorded_and_nothing_written(tmp_path: Pat
     }
     assert {made.file for made in entry.graphs.values()} == {None}
     assert bundle.manifest.history[-1].command == "build --engine x"
-    assert entry.target == "onnxruntime"
+    assert entry.target == engine
 
 
 @needs_rtx

@@ -79,6 +79,20 @@ def test_everything_is_static_and_standard(graphs: dict[str, ir.Model]) -> None:
                 assert value.shape is not None and value.shape.is_static(), f"{name}: {value}"
 
 
+def test_of_the_last_layer_only_keys_and_values_are_computed_of_every_row(graphs: dict[str, ir.Model]) -> None:
+    rows: dict[str, int] = {}
+    for node in graphs["prefill"].graph:
+        weight = str(node.inputs[1].name) if node.op_type == "MatMul" and node.inputs[1] is not None else ""
+        if ".layers.3." in weight:
+            shape = node.outputs[0].shape
+            assert shape is not None and weight not in rows
+            rows[weight.split(".layers.3.")[1].split(".")[1]] = shape.numpy()[1]
+    whole = graphs["prefill"].graph.inputs[0].shape
+    assert whole is not None
+    kept = whole.numpy()[1] - 12  # four of sixteen visual tokens are left
+    assert rows == {"k_proj": kept, "v_proj": kept, "q_proj": 1, "o_proj": 1, "gate_proj": 1, "up_proj": 1, "down_proj": 1}
+
+
 def test_named_values_are_there(graphs: dict[str, ir.Model], exported: Exported) -> None:
     """Also at layer 0, where the stream is an input; a selector that computes nothing has no scores and order to show."""
     names = {str(value.name) for node in graphs["prefill"].graph for value in node.outputs}
@@ -89,12 +103,13 @@ def test_named_values_are_there(graphs: dict[str, ir.Model], exported: Exported)
 
 
 def test_attention_is_causal_without_a_mask_and_only_where_lengths_are_equal(graphs: dict[str, ir.Model]) -> None:
-    for name, masked in (("prefill", False), ("decode", True)):
+    for name in ("prefill", "decode"):
         nodes = [node for node in graphs[name].graph if node.op_type == "Attention"]
         assert len(nodes) == 4
         for node in nodes:
             query, key = node.inputs[0], node.inputs[1]
             assert query is not None and key is not None and query.shape is not None and key.shape is not None
+            masked = name == "decode" or query.shape[2] == 1  # prefill's last layer runs on one row
             assert (len(node.inputs) > 3 and node.inputs[3] is not None) == masked
             assert node.attributes.get_int("is_causal", 0) == (0 if masked else 1)
             assert masked or query.shape[2] == key.shape[2]

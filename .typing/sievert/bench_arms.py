@@ -1,0 +1,1 @@
+../../api/bench_arms.py

@@ -1,0 +1,1 @@
+../../api/cli_bench.py

@@ -1,0 +1,1 @@
+../../api/tables_bench.py

@@ -1,0 +1,68 @@
+"""Causal attention in blocks of queries, for engines whose kernel computes what the mask then hides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import onnx_ir as ir
+
+from sievert.graph_passes.lowering.attention import AttentionForm, read_attention
+from sievert.graph_passes.lowering.rewrite import Op, Rewriter
+
+_ROUND: Final = 8
+_CARRIED: Final = ("scale", "softmax_precision", "softcap")
+
+
+@dataclass(frozen=True)
+class SplitCausalAttention(ir.passes.InPlacePass):
+    """Let each block of queries see only the keys up to its own end: of n blocks, n + 1 of 2n parts of the work are left.
+
+    Before::
+
+        q[B, H, S, d], k[B, G, S, d], v[B, G, S, d] -> Attention<is_causal> -> [B, H, S, d]
+
+    After::
+
+        q[.., a:b, :], k[.., :b, :], v[.., :b, :], mask[b - a, b] -> Attention -+
+        ...                                                                    +-> Concat -> [B, H, S, d]
+
+    ONNX Runtime 1.31 on the CPU computes all S x S scores of a causal operator. In processor time of one thread, 14 query and 2 kv heads
+    of 64, S = 616: 17.7 ms whole; 13.9, 11.9, 11.2 and 10.5 ms in 2, 4, 6 and 10 blocks. Blocks have about ``rows`` rows or more, and
+    there are at most ``most``: each one copies the keys it sees.
+    """
+
+    rows: int = 64
+    most: int = 12
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """``modified`` when an operator was split."""
+        rewriter, masks = Rewriter(model.graph, "lower.blocks"), dict[tuple[int, int], ir.Value]()
+        for node in model.graph:
+            form = read_attention(node) if node.domain == "" and node.op_type == "Attention" else None
+            if form is not None and self._splits(node, form):
+                rewriter.replace(node, self._split(rewriter.op, node, form.query, masks))
+        return ir.passes.PassResult(model, modified=rewriter.apply())
+
+    def _splits(self, node: ir.Node, form: AttentionForm) -> bool:
+        """Whether the operator is causal over fresh keys and nothing else, and long enough for two blocks."""
+        alone = all(value is None for value in node.inputs[3:]) and len(node.outputs) == 1 and not form.flat
+        return alone and form.causal and form.query == form.keys and form.query >= 2 * self.rows
+
+    def _split(self, op: Op, node: ir.Node, length: int, masks: dict[tuple[int, int], ir.Value]) -> ir.Value:
+        options = {name: node.attributes[name].value for name in _CARRIED if name in node.attributes}
+        query, key, value = node.inputs[:3]
+        parts = []
+        for start, end in self._blocks(length):
+            part, keys, values = (op.Slice(each, [first], [end], [2]) for each, first in ((query, start), (key, 0), (value, 0)))
+            if (start, end) not in masks:
+                rows, columns = op.Unsqueeze(op.Range(start, end, 1), [1]), op.Unsqueeze(op.Range(0, end, 1), [0])
+                masks[start, end] = op.LessOrEqual(columns, rows)  # [b - a, b]
+            parts.append(op.Attention(part, keys, values, masks[start, end], **options))
+        return op.Concat(*parts, axis=2)
+
+    def _blocks(self, length: int) -> list[tuple[int, int]]:
+        """First and last row + 1 of each block; all are equal but for the last, which may be shorter."""
+        rows = -(-length // min(self.most, length // self.rows))
+        rows = -(-rows // _ROUND) * _ROUND
+        return [(start, min(length, start + rows)) for start in range(0, length, rows)]
