@@ -6,6 +6,7 @@ import json
 import shlex
 
 from sievert import arguments as a
+from sievert import arguments_measure as m
 from sievert.cli_ask import require_folder, write_file
 from sievert.console import Screen
 
@@ -13,11 +14,11 @@ from sievert.console import Screen
 def bench(
     bundle: a.BundlePath,
     variant: a.SomeVariants = None,
-    engine: a.BenchEngines = None,
-    against: a.Against = "",
-    rounds: a.Rounds = 15,
-    tokens: a.BenchTokens = 8,
-    profile: a.Profiled = False,
+    engine: m.BenchEngines = None,
+    against: m.Against = "",
+    rounds: m.Rounds = 15,
+    tokens: m.BenchTokens = 8,
+    profile: m.Profiled = False,
     report: a.JsonFile = None,
 ) -> None:
     """Time a bundle's variants on this machine: vision, prefill, decode, memory, with ratios from interleaved rounds.

@@ -8,6 +8,7 @@ from pathlib import Path
 import typer
 
 from sievert import arguments as a
+from sievert import arguments_measure as m
 from sievert.console import Screen
 
 MISSED = 1
@@ -16,23 +17,23 @@ MISSED = 1
 def tune(
     bundle: a.BundlePath,
     data: a.Questions,
-    target: a.Target = "99%",
-    metric: a.Metric = a.MetricName.auto,
-    selector: a.TunedSelectors = None,
-    layer: a.TunedLayers = None,
-    keep: a.TunedKeeps = None,
-    no_options: a.NoOptions = False,
-    budget: a.Budget = "100%",
-    split: a.SplitShare = "50%",
-    questions: a.TuningQuestions = None,
-    confirm_questions: a.ConfirmQuestions = None,
-    seed: a.SplitSeed = 0,
-    strict: a.StrictTarget = False,
+    target: m.Target = "99%",
+    metric: m.Metric = m.MetricName.auto,
+    selector: m.TunedSelectors = None,
+    layer: m.TunedLayers = None,
+    keep: m.TunedKeeps = None,
+    no_options: m.NoOptions = False,
+    budget: m.Budget = "100%",
+    split: m.SplitShare = "50%",
+    questions: m.TuningQuestions = None,
+    confirm_questions: m.ConfirmQuestions = None,
+    seed: m.SplitSeed = 0,
+    strict: m.StrictTarget = False,
     engine: a.Engine = "onnxruntime",
-    max_new_tokens: a.TunedLimit = None,
+    max_new_tokens: m.TunedLimit = None,
     raw_prompt: a.RawPrompt = False,
-    out: a.TuneOut = "",
-    force: a.ForceResults = False,
+    out: m.TuneOut = "",
+    force: m.ForceResults = False,
 ) -> None:
     """Find the fastest plan that keeps the answers to your own questions, and confirm it on questions that the search never saw.
 
