@@ -153,7 +153,7 @@ def run_rule(case: Case, sight: Sight, real: Array, visual: Array, order: Array)
     """The masks of a padded batch before and after a cut, and the rows that are left."""
     build = GraphBuilder(ir.Graph([], [], nodes=[], opset_imports={"": 24}, name="rule"))
     feeds = {"attention_mask": real.astype(np.int64), "visual_index": visual, "position_ids": np.cumsum(real, 1), "order": order}
-    values = {name: build.input(name, ir.DataType.INT64, list(array.shape)) for name, array in feeds.items()}
+    values: dict[str, Any] = {name: build.input(name, ir.DataType.INT64, list(array.shape)) for name, array in feeds.items()}
     chosen = values.pop("order")
     rows = describe_rows(build, batch=len(real), length=real.shape[1], visual=visual.shape[1], two_way=case.two_way, **values)
     left = cut_rows(build, rows, chosen, order.shape[1], compact=False, carried={}).rows

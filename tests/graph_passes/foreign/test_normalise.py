@@ -166,10 +166,6 @@ def one_bidirectional(model: ir.Model) -> None:
     nodes(model, "Attention")[1].attributes.pop("is_causal")
 
 
-def capped_attention(model: ir.Model) -> None:
-    nodes(model, "Attention")[1].attributes["softcap"] = ir.AttrFloat32("softcap", 30.0)
-
-
 def capped_logits(model: ir.Model) -> None:
     product = model.graph.outputs[0].producer()
     assert product is not None
@@ -268,7 +264,6 @@ def swapped_layers(model: ir.Model) -> None:
 REFUSED: dict[Callable[[ir.Model], None], tuple[str, str, str]] = {
     no_attention: ("attention", "no Attention, and no attention spelled out", "Matched: standard operators of opset 24"),
     encoder: ("masks", "no mask and is not causal", "3 layers of attention"),
-    capped_attention: ("layers", "caps its logits (softcap)", "logits and caches"),
     capped_logits: ("lm_head", "the logits are capped (softcap)", "logits and caches"),
     partial_rotary: ("layers", "rotates only a part of the head", "inputs 'input_ids'"),
     two_logits: ("outputs", "'first', 'scores'; expected one", "inputs 'input_ids'"),
