@@ -148,7 +148,8 @@ def main() -> None:
             try:
                 rows.append(measure(case, Path(temporary), options.samples))
             except UnsupportedModelError as error:
-                refused[case.family] = str(error).removeprefix(f"{temporary}/checkpoint").lstrip(": ")
+                reason = str(error).removeprefix(f"{temporary}/checkpoint").lstrip(": ")
+                refused[case.family] = reason.partition("; Sievert exports")[0]
                 console.print(f"  refused: {refused[case.family]}")
                 continue
         console.print("  " + " | ".join(rows[-1][2:]))
