@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from sievert.planning import Cut
     from sievert.pruning import prune
     from sievert.pruning_onnx import prune_onnx
+    from sievert.quantising import quantise
     from sievert.ranging import ranges
     from sievert.running import run
     from sievert.tuning import tune
@@ -89,6 +90,7 @@ __all__ = [
     "load_collection",
     "prune",
     "prune_onnx",
+    "quantise",
     "ranges",
     "run",
     "tune",
@@ -113,6 +115,7 @@ _HOMES = {
     "load_collection": "collecting",
     "prune": "pruning",
     "prune_onnx": "pruning_onnx",
+    "quantise": "quantising",
     "ranges": "ranging",
     "run": "running",
     "tune": "tuning",

@@ -83,6 +83,53 @@ def ranges(
     screen.next(f"export {model} OUT --dtype {advised}")
 
 
+def quantise(
+    bundle: a.BundlePath,
+    variant: a.QuantisedFrom = "full",
+    format: a.NumberFormat = a.FormatName.int8,
+    name: a.QuantisedName = "",
+    calibration: a.Calibrated = a.CalibrationName.max,
+    percentile: a.Percentile = 99.99,
+    block: a.Block = 32,
+    collection: a.CollectionFolder = "",
+    quantise_selector: a.QuantiseSelector = False,
+    quantise_head: a.QuantiseHead = False,
+    keep_high: a.KeepHigh = None,
+    random: a.RandomScales = False,
+    force: a.Force = False,
+) -> None:
+    """Add a variant with quantised weights, and with int8 and fp8 quantised activations too; their scales come from calibration data.
+
+    What a selector reads is never quantised, unless asked.
+    """
+    from sievert import tables_calibrate as tables
+    from sievert.quantising import quantise as add_variant
+
+    screen = Screen()
+    with screen.progress() as progress:
+        made = add_variant(
+            bundle,
+            variant=variant,
+            format=format.value,
+            name=name,
+            calibration=calibration.value,
+            percentile=percentile,
+            block=block,
+            collection=collection,
+            quantise_selector=quantise_selector,
+            quantise_head=quantise_head,
+            keep_high=keep_high or [],
+            random=random,
+            force=force,
+            progress=progress,
+        )
+    place = shlex.quote(str(bundle))
+    screen.show(f"Made the variant [bold]{made.name}[/] of {place}")
+    for line in tables.quantised_lines(made):
+        screen.show(line)
+    screen.next(f"check {place} --variant {made.name}", f"build {place} --variant {made.name} --engine tensorrt-rtx")
+
+
 def _steps(text: str) -> int | list[int]:
     """``3`` is how many, ``1,4,16`` are which; ``8,`` is one."""
     from sievert.bundle.errors import ProfileError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
 from rich.markup import escape
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from sievert.calibration.collection import Collection
     from sievert.calibration.judging import TensorRange
     from sievert.calibration.ranges import Ranges
+    from sievert.quantising import QuantisedVariant
 
 _COLOURS: Final = {"nan": "bold red", "overflow": "bold red", "close": "yellow", "fits": "green", "float32": "dim"}
 _SHOWN: Final = 12
@@ -84,6 +86,34 @@ def ranges_lines(found: Ranges) -> list[str]:
     if found.emulated:
         lines.append("[dim]These graphs are 16-bit ones, emulated on the CPU: a float32 bundle shows how far beyond the limit values go[/]")
     return lines
+
+
+def quantised_lines(made: QuantisedVariant) -> list[str]:
+    """What was narrowed, what was not and why, and what that saves."""
+    from sievert.calibration.collection import RANDOM
+
+    precision = made.variant.precision
+    if precision is None:
+        return []
+    count = sum(weight.name.endswith(".q") for weight in precision.weights)
+    block = f", a scale per block of {precision.block}" if precision.block else ", a scale per output channel"
+    lines = [f"{count} weights in {precision.format}{block}: {describe_bytes(made.bytes)}, before {describe_bytes(made.bytes_before)}"]
+    if precision.calibration:
+        lines.append(f"scales of activations: {precision.calibration} over {precision.samples} samples, one per tensor")
+    for reason, names in group_kept(precision.kept).items():
+        shown = ", ".join(map(escape, names[:_SHOWN])) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+        lines.append(f"kept as they are, {escape(reason)}: {shown}")
+    if precision.random:
+        lines.append(f"[yellow]{RANDOM}[/]")
+    return lines
+
+
+def group_kept(kept: Mapping[str, str]) -> dict[str, list[str]]:
+    """The weights that were kept, by reason."""
+    groups: dict[str, list[str]] = {}
+    for name, reason in kept.items():
+        groups.setdefault(reason, []).append(name)
+    return groups
 
 
 def _where(each: TensorRange) -> str:
