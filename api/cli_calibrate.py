@@ -86,7 +86,7 @@ def ranges(
 def quantise(
     bundle: a.BundlePath,
     variant: a.QuantisedFrom = "full",
-    format: a.NumberFormat = a.FormatName.int8,
+    format: a.NumberFormat = a.FormatName.int8,  # noqa: A002 (the option's name)
     name: a.QuantisedName = "",
     calibration: a.Calibrated = a.CalibrationName.max,
     percentile: a.Percentile = 99.99,

@@ -64,8 +64,10 @@ def inspect(bundle: str | Path, *, verify: bool = False, progress: Progress = si
 
 
 def measure(manifest: Manifest) -> dict[str, int]:
-    """Bytes by kind of file: weights, those of quantised variants, dynamic graphs, static graphs of variants, engines, and the checkpoint's small files."""
-    sizes = dict.fromkeys(("weights", "quantised weights", "dynamic graphs", "variants' graphs", "engines", "tokenizer and configuration"), 0)
+    """Bytes by kind of file: weights, those of quantised variants, dynamic graphs, static ones, engines, the checkpoint's small files."""
+    sizes = dict.fromkeys(
+        ("weights", "quantised weights", "dynamic graphs", "variants' graphs", "engines", "tokenizer and configuration"), 0
+    )
     dynamic = {entry.file for entry in manifest.graphs.values()}
     for name, entry in manifest.files.items():
         if name == manifest.weights_file:

@@ -30,7 +30,7 @@ def quantise(
     bundle: str | Path,
     *,
     variant: str = "full",
-    format: str = "int8",
+    format: str = "int8",  # noqa: A002
     name: str = "",
     calibration: Calibration = "max",
     percentile: float = 99.99,
@@ -54,7 +54,7 @@ def quantise(
     data need ``random``, and every command that uses the variant says so.
 
     Raises:
-        CalibrationError: an unknown format or option, no data, data of another model or variant or that was changed, or nothing to quantise.
+        CalibrationError: an unknown format or option, no data, data of another model or variant, changed data, or nothing to quantise.
         VariantError: no such variant, one that is quantised already, or a name that is taken (``force`` replaces it).
         EngineUnavailableError, EngineError: ONNX Runtime cannot run here, or not these graphs.
         BundleError: the bundle is not what its manifest says, or cannot be written. Nothing was changed.

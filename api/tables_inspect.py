@@ -81,7 +81,9 @@ def _variants(found: Inspection) -> Table:
 
 def _precision(manifest: Manifest) -> Table:
     numbers = ("its weights", "before")
-    table = make_table("Precision", "variant", "made from", "format", "scales of activations", *numbers, "kept as they are", numbers=numbers)
+    table = make_table(
+        "Precision", "variant", "made from", "format", "scales of activations", *numbers, "kept as they are", numbers=numbers
+    )
     for name, variant in manifest.variants.items():
         precision = variant.precision
         if precision is None:

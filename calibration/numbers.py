@@ -19,12 +19,14 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from sievert.bundle.errors import CalibrationError
+from sievert.calibration.formats import FORMATS as SIXTEEN
 from sievert.engines.run.dtypes import Array
 
 Float = npt.NDArray[np.float32]
 
 BLOCKS: Final = (32, 128)
 """Weights along K that may share a scale in four bits: what engines have kernels for."""
+_SMALLEST: Final = {"float32": 2.0**-126} | {name: each.smallest_normal for name, each in SIXTEEN.items()}
 _TRIED: Final = np.linspace(0.5, 1.05, 45, dtype=np.float32)
 
 
@@ -79,10 +81,10 @@ class Quantised:
 
     def restore(self) -> Float:
         """The weight as the graph computes with it."""
-        scale = self.scale.astype(np.float32)
-        if self.block:
-            return self.codes.astype(np.float32) * np.repeat(scale, self.block, axis=self.axis)
-        return self.codes.astype(np.float32) * _along(scale, self.axis, self.codes.ndim)
+        codes: Float = self.codes.astype(np.float32)
+        scale: Float = self.scale.astype(np.float32)
+        spread: Float = np.repeat(scale, self.block, axis=self.axis) if self.block else _along(scale, self.axis, self.codes.ndim)
+        return codes * spread
 
 
 def encode(values: Float, scale: Float, form: NumberFormat) -> Array:
@@ -99,11 +101,12 @@ def scale_of(magnitude: npt.ArrayLike, form: NumberFormat, dtype: npt.DTypeLike 
     """The scale at which ``magnitude`` is the largest code, as it reads back from ``dtype``; 1 where there is nothing but zeros."""
     size = np.asarray(magnitude, np.float32)
     scale = np.where(size > 0, size / np.float32(form.largest), np.float32(1)).astype(dtype).astype(np.float32)
-    smallest = np.float32(ml_dtypes.finfo(dtype).smallest_normal)  # below it a 16-bit scale loses precision bit by bit
-    return np.maximum(scale, smallest)
+    return np.maximum(scale, np.float32(_SMALLEST[np.dtype(dtype).name]))  # below it a scale loses precision bit by bit
 
 
-def quantise_weight(weight: Float, form: NumberFormat, *, channel_axis: int, block: int = 0, dtype: npt.DTypeLike = np.float32) -> Quantised:
+def quantise_weight(
+    weight: Float, form: NumberFormat, *, channel_axis: int, block: int = 0, dtype: npt.DTypeLike = np.float32
+) -> Quantised:
     """A matrix in ``form``: a scale per output channel from its largest value, or per block of ``block`` along the other axis.
 
     ``dtype`` is the float type of the scales, which is that of the graph.
@@ -129,7 +132,11 @@ def _quantise_blocks(weight: Float, form: NumberFormat, axis: int, block: int, d
         error = np.square(encode(blocks, scale, form).astype(np.float32) * scale - blocks).sum(axis=1, keepdims=True)
         best, least = np.where(error < least, scale, best), np.minimum(error, least)
     codes, scale = encode(blocks, best, form).reshape(-1, blocks.shape[2]), best[:, 0].astype(dtype)
-    return Quantised(codes, scale, 0, block) if axis == 0 else Quantised(np.ascontiguousarray(codes.T), np.ascontiguousarray(scale.T), 1, block)
+    return (
+        Quantised(codes, scale, 0, block)
+        if axis == 0
+        else Quantised(np.ascontiguousarray(codes.T), np.ascontiguousarray(scale.T), 1, block)
+    )
 
 
 def _along(scale: Float, axis: int, rank: int) -> Float:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Collection as Names, Mapping
+from collections.abc import Callable, Mapping
+from collections.abc import Collection as Names
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -103,7 +104,7 @@ def _join(shared: list[list[str]]) -> dict[str, str]:
     for owners in shared:
         old = {key.get(name, name) for name in owners}
         new = min(old)
-        key |= {name: new for name in owners} | {name: new for name, known in key.items() if known in old}
+        key |= dict.fromkeys([*owners, *(name for name, known in key.items() if known in old)], new)
     return key
 
 
@@ -113,7 +114,6 @@ def _size(value: ir.Value) -> int:
 
 def _take(peak: Peak, array: Array, collection: Collection, graph: str, run: int) -> None:
     if not np.isfinite(array.astype(np.float32)).all():
-        raise CalibrationError(
-            f"{collection.name_samples(graph, run)} of {collection.path} leads to NaN or infinity inside {graph}: leave it out and collect again"
-        )
+        where = f"{collection.name_samples(graph, run)} of {collection.path}"
+        raise CalibrationError(f"{where} leads to NaN or infinity inside {graph}: leave it out and collect again")
     peak.add(array)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import BinaryIO, Final
 
 import numpy as np
 import onnx_ir as ir
@@ -52,7 +51,7 @@ class Recipe:
 
 
 def make_recipe(
-    format: str,
+    format: str,  # noqa: A002
     *,
     calibration: str = "max",
     percentile: float = 99.99,
@@ -90,8 +89,8 @@ def quantise_variant(
 ) -> Variant:
     """Add the variant ``name`` to the bundle: the graphs of ``base`` with quantised operands, and their weights in a file of their own.
 
-    Quantised weights stand on the disk once, whichever graph and variant reads them. ``collection`` gives the scales of activations; it must
-    be of ``base``, and formats that quantise weights alone need none.
+    Quantised weights stand on the disk once, whichever graph and variant reads them. ``collection`` gives the scales of activations; it
+    must be of ``base``, and formats that quantise weights alone need none.
 
     Raises:
         VariantError: no such base, one that is quantised itself, or a name that is taken.
@@ -147,9 +146,8 @@ def require_plain(bundle: Bundle, base: str) -> Variant:
     """
     variant = bundle.variant(base)
     if variant.precision is not None:
-        raise VariantError(
-            f"variant {base!r} is quantised already ({variant.precision.format}): quantise the one it was made from, {variant.precision.base!r}"
-        )
+        made = variant.precision
+        raise VariantError(f"variant {base!r} is quantised already ({made.format}): quantise the one it was made from, {made.base!r}")
     return variant
 
 
@@ -217,8 +215,7 @@ def quantise_linear(linear: Linear, recipe: Recipe) -> Quantised:
     if tensor is None:
         raise CalibrationError(f"{linear.name} has no content")
     weight = np.asarray(tensor.numpy()).astype(np.float32)
-    made = quantise_weight(weight, recipe.format, channel_axis=linear.channel_axis, block=recipe.block, dtype=tensor.dtype.numpy())
-    return made
+    return quantise_weight(weight, recipe.format, channel_axis=linear.channel_axis, block=recipe.block, dtype=tensor.dtype.numpy())
 
 
 def quantise_models(

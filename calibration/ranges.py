@@ -80,7 +80,9 @@ def measure_ranges(
     limits = find_format(dtype)
     collection.require_variant(variant)
     if (precision := collection.bundle.variant(variant).precision) is not None:
-        raise CalibrationError(f"variant {variant!r} is quantised ({precision.format}): measure the one it was made from, {precision.base!r}")
+        raise CalibrationError(
+            f"variant {variant!r} is quantised ({precision.format}): measure the one it was made from, {precision.base!r}"
+        )
     if reason := find_runtime(ENGINE).unavailable():
         raise EngineUnavailableError(reason)
     bundle = collection.bundle

@@ -6,7 +6,7 @@ Engines that are strongly typed take precision from the graph alone; ONNX Runtim
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -67,7 +67,7 @@ def selector_weights(model: ir.Model) -> frozenset[str]:
     stream reads everything before it, of which nothing is singled out.
     """
     found: set[str] = set()
-    inside = {node for node in model.graph if _is_selector(node)}
+    inside = {node for node in model.graph if is_selector(node)}
     stack = [value for node in inside for value in node.inputs if value is not None and value.producer() not in inside]
     seen: set[ir.Value] = set()
     while stack:
@@ -87,7 +87,8 @@ def selector_weights(model: ir.Model) -> frozenset[str]:
     return frozenset(found)
 
 
-def _is_selector(node: ir.Node) -> bool:
+def is_selector(node: ir.Node) -> bool:
+    """Whether a node is part of a selector, or of the scores that the vision encoder gives one."""
     text = node.metadata_props.get(_SCOPES, "")
     try:
         scopes = ast.literal_eval(text) if text else []
@@ -141,10 +142,13 @@ class InsertQuantisers(ir.passes.InPlacePass):
                 weights[linear.name] = _restore_weight(model.graph, linear, codes)
             if codes.activation is not None:
                 if linear.activation not in activations:
-                    activations[linear.activation] = codes.activation, _round_trip(model.graph, linear.activation, codes)
+                    restored = _round_trip(model.graph, linear.activation, codes.activation, codes.codes.dtype)
+                    activations[linear.activation] = codes.activation, restored
                 scale, value = activations[linear.activation]
                 if scale != codes.activation:
-                    raise GraphError(f"{linear.activation.name!r} is multiplied with weights that ask for scales {scale} and {codes.activation}")
+                    raise GraphError(
+                        f"{linear.activation.name!r} is multiplied with weights that ask for scales {scale} and {codes.activation}"
+                    )
                 linear.node.replace_input_with(0, value)
             linear.node.replace_input_with(1, weights[linear.name])
         for linear in linears:
@@ -165,11 +169,11 @@ def _restore_weight(graph: ir.Graph, linear: Linear, codes: Codes) -> ir.Value:
     return node.outputs[0]
 
 
-def _round_trip(graph: ir.Graph, activation: ir.Value, codes: Codes) -> ir.Value:
-    kind, name = codes.codes.dtype, str(activation.name)
+def _round_trip(graph: ir.Graph, activation: ir.Value, step: float, kind: ir.DataType) -> ir.Value:
+    name = str(activation.name)
     if activation.dtype is None:
         raise GraphError(f"{name!r} has no dtype: infer shapes before quantising")
-    scale = _initializer(graph, f"{name}.scale", ir.tensor(codes.activation, dtype=activation.dtype, name=f"{name}.scale"))
+    scale = _initializer(graph, f"{name}.scale", ir.tensor(step, dtype=activation.dtype, name=f"{name}.scale"))
     # The code's type is said by the attribute, not by a zero point of 0: ONNX Runtime 1.31 fuses pairs that have one into integer products,
     # whatever their type (8-bit floats too, which is then no valid graph), and gives those it moves across a Reshape an unsigned one.
     quantise = ir.node("QuantizeLinear", [activation, scale], {"output_dtype": kind}, name=f"{name}.quantize")
@@ -187,7 +191,7 @@ def _round_trip(graph: ir.Graph, activation: ir.Value, codes: Codes) -> ir.Value
 def _initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
     if (known := graph.initializers.get(name)) is not None:
         return known
-    value = ir.val(name, tensor.dtype, tensor.shape, const_value=tensor)
+    value = ir.val(name, tensor.dtype, [int(axis) for axis in tensor.shape.numpy()], const_value=tensor)
     graph.register_initializer(value)
     return value
 
@@ -195,10 +199,3 @@ def _initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Va
 def _describe(value: ir.Value, name: str, shape: ir.Shape | None, dtype: ir.DataType | None) -> None:
     value.name, value.shape = name, shape
     value.type = None if dtype is None else ir.TensorType(dtype)
-
-
-def shared_inputs(graphs: Iterable[tuple[str, ir.Model]]) -> Iterator[tuple[str, Linear]]:
-    """Every product of several graphs, with the graph it is in."""
-    for name, model in graphs:
-        for linear in find_linears(model):
-            yield name, linear

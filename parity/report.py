@@ -19,7 +19,7 @@ from sievert.parity.verdict import Difference, StageResult, Verdict, combine, ex
 class SampleReport:
     """One prompt. ``kept`` counts visual tokens per cut; ``same_kept``: the engine kept what the reference would have.
 
-    ``reference_text`` and ``engine_text`` are both free-running greedy answers, shown and not judged. ``effects`` are of quantised variants.
+    ``reference_text`` and ``engine_text`` are both free-running greedy answers, shown and not judged. ``effects``: of quantised variants.
     """
 
     prompt: str
@@ -51,7 +51,7 @@ class Report:
     """The verdict on one variant on one engine, and everything it was computed from.
 
     ``reason`` says in one sentence why the verdict is not PASS; ``lowered_for`` names the engine whose lowered ONNX files were run.
-    ``dtype`` is what the tolerances are of: the model's, or a quantised variant's format. ``random_scales``: its scales come from random data.
+    ``dtype`` is what the tolerances are of: the model's, or a quantised variant's format. ``random_scales``: from random data.
     """
 
     bundle: str

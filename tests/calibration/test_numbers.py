@@ -40,7 +40,9 @@ def test_codes_are_those_of_onnx(name: str, kind: int):
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, None), helper.make_tensor_value_info("s", TensorProto.FLOAT, [])],
         [helper.make_tensor_value_info("y", kind, None)],
     )
-    (expected,) = ReferenceEvaluator(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)])).run(None, {"x": values, "s": scale})
+    (expected,) = ReferenceEvaluator(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)])).run(
+        None, {"x": values, "s": scale}
+    )
     ours = encode(values, scale, FORMATS[name])
     np.testing.assert_array_equal(ours.astype(np.float32), np.asarray(expected).view(ours.dtype).astype(np.float32))
 
