@@ -84,7 +84,8 @@ class Quantised:
         codes: Float = self.codes.astype(np.float32)
         scale: Float = self.scale.astype(np.float32)
         spread: Float = np.repeat(scale, self.block, axis=self.axis) if self.block else _along(scale, self.axis, self.codes.ndim)
-        return codes * spread
+        restored: Float = codes * spread
+        return restored
 
 
 def encode(values: Float, scale: Float, form: NumberFormat) -> Array:
@@ -94,7 +95,8 @@ def encode(values: Float, scale: Float, form: NumberFormat) -> Array:
         codes: Array = np.clip(scaled, -form.largest, form.largest).astype(ml_dtypes.float8_e4m3fn)
         return codes
     lowest = -128 if form.dtype is ir.DataType.INT8 else -8
-    return np.clip(np.rint(scaled), lowest, form.largest).astype(np.int8 if form.dtype is ir.DataType.INT8 else ml_dtypes.int4)
+    whole: Array = np.clip(np.rint(scaled), lowest, form.largest)
+    return whole.astype(np.int8 if form.dtype is ir.DataType.INT8 else ml_dtypes.int4)
 
 
 def scale_of(magnitude: npt.ArrayLike, form: NumberFormat, dtype: npt.DTypeLike = np.float32) -> Float:

@@ -75,7 +75,7 @@ def test_weights_stand_once_and_the_selectors_stay(quantised: Path):
         for model in models.values():
             for value in model.graph.initializers.values():
                 if isinstance(value.const_value, ir.ExternalTensor) and str(value.name).endswith((".q", ".scale")):
-                    places.setdefault(str(value.name), set()).add((value.const_value.location, value.const_value.offset or 0))
+                    places.setdefault(str(value.name), set()).add((str(value.const_value.location), value.const_value.offset or 0))
         assert len(places) > 40 and all(len(where) == 1 for where in places.values())
         kept = variant.precision.kept
         read = {f"model.language_model.layers.1.self_attn.{part}_proj.weight.T" for part in "qkv"}
