@@ -31,6 +31,8 @@ class FormatName(StrEnum):
     fp8 = "fp8"
     int4 = "int4"
     int8_weights = "int8-weights"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
 
 
 class CalibrationName(StrEnum):
@@ -295,7 +297,9 @@ Worst = Annotated[int, Option("--worst", metavar="N", min=1, help="Tensors to sh
 
 # quantise
 QuantisedFrom = Annotated[str, Option("--variant", metavar="NAME", help="Whose graphs.")]
-NumberFormat = Annotated[FormatName, Option("--format", help="int8, fp8: weights and activations; int4, int8-weights: weights alone.")]
+NumberFormat = Annotated[
+    FormatName, Option("--format", help="int8, fp8: weights and activations; int4, int8-weights: weights alone; or 16 bit.")
+]
 QuantisedName = Annotated[str, Option("--name", metavar="NAME", help="Default: VARIANT-FORMAT.", show_default=False)]
 Calibrated = Annotated[CalibrationName, Option("--calibration", help="Scales of activations: of their largest value, or a percentile.")]
 Percentile = Annotated[float, Option("--percentile", metavar="P", help="Of the activations' magnitudes, with --calibration percentile.")]

@@ -89,8 +89,10 @@ def measure(manifest: Manifest) -> dict[str, int]:
 def measure_caches(manifest: Manifest, variant: str) -> CacheInfo:
     """The caches of a variant."""
     made, geometry = manifest.variants[variant], manifest.geometry
-    row = 2 * geometry.kv_heads * geometry.head_size * (4 if manifest.source.dtype == "float32" else 2)
-    one = row * sum(made.capacities)
+    kinds = {spec.name: 4 if spec.dtype == "float32" else 2 for spec in made.graphs["decode"].inputs}
+    sizes = [kinds[f"past_key_values.{layer}.{part}"] for layer in range(len(made.capacities)) for part in ("key", "value")]
+    rows = [rows for rows in made.capacities for _ in range(2)]
+    one = geometry.kv_heads * geometry.head_size * sum(size * count for size, count in zip(sizes, rows, strict=True))
     return CacheInfo(made.capacities, one * made.profile.batch, one * made.profile.decode_batch)
 
 

@@ -44,7 +44,9 @@ def quantise(
     progress: Progress = silent,
 ) -> QuantisedVariant:
     """Add a variant with the graphs of ``variant``, quantised: ``int8`` and ``fp8`` (E4M3) of weights and activations, ``int4`` and
-    ``int8-weights`` of weights alone.
+    ``int8-weights`` of weights alone; or in 16 bit, ``float16`` and ``bfloat16``, from a float32 bundle.
+
+    In 16 bit, what the data shows to overflow stays float32, and none of the other options apply. Else:
 
     Weights have a scale per output channel, in ``int4`` one per ``block`` (32 or 128) inputs. Activations have one per tensor: of their
     largest value in the data, or with ``calibration="percentile"`` of that ``percentile`` of their magnitudes. ``collection`` is what
@@ -60,11 +62,19 @@ def quantise(
         BundleError: the bundle is not what its manifest says, or cannot be written. Nothing was changed.
     """
     from sievert.calibration.collection import load_collection
+    from sievert.calibration.narrow import KINDS, narrow_variant
     from sievert.calibration.quantise import make_recipe, quantise_variant, require_plain
 
     keep = dict.fromkeys(keep_high, "asked for")
+    sixteen = format in KINDS
     recipe = make_recipe(
-        format, calibration=calibration, percentile=percentile, block=block, selector=quantise_selector, head=quantise_head, keep=keep
+        "int8" if sixteen else format,
+        calibration=calibration,
+        percentile=percentile,
+        block=block,
+        selector=quantise_selector,
+        head=quantise_head,
+        keep=keep,
     )
     chosen = name or f"{variant}-{format}"
     check_variant_name(chosen)
@@ -76,17 +86,11 @@ def quantise(
     if recipe.format.activations:
         folder = collection if str(collection) else opened.path.with_name(f"{opened.path.name}-calibration")
         data = load_collection(folder, opened, progress=progress)
-    made = quantise_variant(
-        opened,
-        variant,
-        chosen,
-        recipe,
-        data,
-        random=random,
-        force=force,
-        command=f"quantise {chosen} from {variant} ({format})",
-        progress=progress,
-    )
+    command = f"quantise {chosen} from {variant} ({format})"
+    if sixteen and data is not None:
+        made = narrow_variant(opened, variant, chosen, format, data, random=random, force=force, command=command, progress=progress)
+    else:
+        made = quantise_variant(opened, variant, chosen, recipe, data, random=random, force=force, command=command, progress=progress)
     return QuantisedVariant(opened.path, chosen, made, *measure_weights(opened.manifest, made))
 
 
@@ -94,6 +98,7 @@ def measure_weights(manifest: Manifest, variant: Variant) -> tuple[int, int]:
     """Bytes of a quantised variant's own weights, and of the same weights in the model's dtype; two zeros of any other variant."""
     if variant.precision is None:
         return 0, 0
-    narrowed = {weight.name.removesuffix(".q") for weight in variant.precision.weights if weight.name.endswith(".q")}
+    ends = (".q", ".float16", ".bfloat16")
+    narrowed = {weight.name.rpartition(".")[0] for weight in variant.precision.weights if weight.name.endswith(ends)}
     before = sum(weight.nbytes for weight in manifest.weights if weight.name in narrowed)
     return sum(weight.nbytes for weight in variant.precision.weights), before

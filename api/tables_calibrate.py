@@ -95,11 +95,14 @@ def quantised_lines(made: QuantisedVariant) -> list[str]:
     precision = made.variant.precision
     if precision is None:
         return []
-    count = sum(weight.name.endswith(".q") for weight in precision.weights)
-    block = f", a scale per block of {precision.block}" if precision.block else ", a scale per output channel"
+    sixteen = precision.format in ("float16", "bfloat16")
+    count = len(precision.weights) if sixteen else sum(weight.name.endswith(".q") for weight in precision.weights)
+    block = "" if sixteen else f", a scale per block of {precision.block}" if precision.block else ", a scale per output channel"
     lines = [f"{count} weights in {precision.format}{block}: {describe_bytes(made.bytes)}, before {describe_bytes(made.bytes_before)}"]
     if precision.calibration:
         lines.append(f"scales of activations: {precision.calibration} over {precision.samples} samples, one per tensor")
+    if sixteen and not precision.kept:
+        lines.append(f"no tensor overflows over {precision.samples} samples")
     for reason, names in group_kept(precision.kept).items():
         shown = ", ".join(map(escape, names[:_SHOWN])) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
         lines.append(f"kept as they are, {escape(reason)}: {shown}")

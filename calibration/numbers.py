@@ -64,7 +64,7 @@ def find_number_format(name: str) -> NumberFormat:
         CalibrationError: there is none.
     """
     if name not in FORMATS:
-        raise CalibrationError(f"format {name!r} is not one that weights are quantised to: choose one of {', '.join(FORMATS)}")
+        raise CalibrationError(f"format {name!r} is not known: choose one of {', '.join([*FORMATS, *SIXTEEN])}")
     return FORMATS[name]
 
 

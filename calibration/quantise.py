@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import BinaryIO, Final
+from dataclasses import dataclass, replace
+from typing import Final
 
 import numpy as np
 import onnx_ir as ir
 
 from sievert.bundle.errors import CalibrationError, VariantError
-from sievert.bundle.manifest import GraphEntry, Manifest, Precision, StoredWeight, Variant
+from sievert.bundle.manifest import GraphEntry, Precision, Variant
 from sievert.bundle.specs import describe_values
+from sievert.bundle.step import OpenStep
 from sievert.bundle.store import Bundle
 from sievert.calibration.collection import RANDOM, Collection
 from sievert.calibration.numbers import BLOCKS, NumberFormat, Quantised, find_number_format, quantise_weight, scale_of
 from sievert.calibration.peaks import measure_peaks
-from sievert.engines.run.dtypes import Array
+from sievert.calibration.storing import WeightsFile
 from sievert.graph_passes.expose import to_bytes
 from sievert.graph_passes.quantise import Codes, InsertQuantisers, Linear, find_linears, selector_weights
 
 Progress = Callable[[str], None]
 
-_PAGE: Final = 4096
-_LINE: Final = 64
+_NOTHING: Final = np.zeros(0, np.float32)
 
 
 @dataclass(frozen=True)
@@ -107,21 +106,22 @@ def quantise_variant(
     chosen, kept = choose_weights(models, recipe)
     scales = measure_scales(models, chosen, recipe, data, progress=progress)
     with bundle.step(command) as step:
-        path = step.temporary(".data")
-        writer = _Writer(step.manifest)
+        own, made = WeightsFile(step.manifest), dict[str, Quantised]()
         progress("quantising the weights")
+        path = step.temporary(".data")
         with path.open("xb") as file:
-            codes = {weight: writer.add(file, quantise_linear(linear, recipe), linear) for weight, linear in chosen.items()}
-        if writer.written:
-            writer.settle(step.add_file(path, f"weights.{recipe.format.name}", ".data"))
-        entries, graphs = dict(variant.graphs), {}
-        for graph, model in models.items():
-            progress(f"writing {graph}")
-            made = InsertQuantisers({weight: writer.place(each, scales.get(weight)) for weight, each in codes.items()})(model)
-            graphs[graph] = step.add_bytes(f"{name}.{graph}", ".onnx", to_bytes(made.model)) if made.modified else entries[graph].file
-            entries[graph] = GraphEntry(
-                file=graphs[graph], inputs=describe_values(made.model.graph.inputs), outputs=describe_values(made.model.graph.outputs)
-            )
+            for weight, linear in chosen.items():
+                codes = quantise_linear(linear, recipe)
+                own.add(file, f"{weight}.q", codes.codes)
+                own.add(file, f"{weight}.scale", codes.scale)
+                made[weight] = replace(codes, codes=_NOTHING, scale=_NOTHING)  # one weight at a time is in memory
+        if own.written:
+            own.settle(step.add_file(path, f"weights.{recipe.format.name}", ".data"))
+        placed = {
+            weight: Codes(own.tensor(f"{weight}.q"), own.tensor(f"{weight}.scale"), each.axis, each.block, scales.get(weight))
+            for weight, each in made.items()
+        }
+        quantised = {graph: InsertQuantisers(placed)(model) for graph, model in models.items()}
         precision = Precision(
             base=base,
             format=recipe.format.name,
@@ -131,11 +131,21 @@ def quantise_variant(
             samples=0 if data is None else len(data.info.samples),
             random=data is not None and data.random,
             kept=kept,
-            weights=writer.stored(),
+            weights=own.stored,
         )
-        made_variant = variant.model_copy(update={"graphs": entries, "engines": {}, "precision": precision})
-        step.put_variant(name, made_variant, force=force)
-    return made_variant
+        new = put_graphs(step, name, variant, {graph: each.model for graph, each in quantised.items() if each.modified}, precision)
+        step.put_variant(name, new, force=force)
+    return new
+
+
+def put_graphs(step: OpenStep, name: str, variant: Variant, models: Mapping[str, ir.Model], precision: Precision) -> Variant:
+    """``variant`` with ``models`` in the place of its graphs, written as those of ``name``; graphs that stay are its own files."""
+    entries = dict(variant.graphs)
+    for graph, model in models.items():
+        file = step.add_bytes(f"{name}.{graph}", ".onnx", to_bytes(model))
+        inputs, outputs = describe_values(model.graph.inputs), describe_values(model.graph.outputs)
+        entries[graph] = GraphEntry(file=file, inputs=inputs, outputs=outputs)
+    return variant.model_copy(update={"graphs": entries, "engines": {}, "precision": precision})
 
 
 def require_plain(bundle: Bundle, base: str) -> Variant:
@@ -156,10 +166,19 @@ def _require_data(recipe: Recipe, collection: Collection | None, base: str, *, r
         return None
     if collection is None:
         raise CalibrationError(f"{recipe.format.name} quantises activations, whose scales come from data: run `sievert collect` first")
+    require_data(collection, base, random=random)
+    return collection
+
+
+def require_data(collection: Collection, base: str, *, random: bool) -> None:
+    """Data of the variant ``base``, and real data unless ``random``.
+
+    Raises:
+        CalibrationError: it is not.
+    """
     collection.require_variant(base)
     if collection.random and not random:
         raise CalibrationError(f"{collection.path}: {RANDOM}. To quantise with it all the same, say --random")
-    return collection
 
 
 def choose_weights(models: Mapping[str, ir.Model], recipe: Recipe) -> tuple[dict[str, Linear], dict[str, str]]:
@@ -234,74 +253,3 @@ def _shape(linear: Linear) -> tuple[int, int]:
     shape = linear.weight.const_value.shape if linear.weight.const_value is not None else linear.weight.shape
     rows, columns = (int(axis) for axis in shape.numpy()) if shape is not None else (0, 0)
     return rows, columns
-
-
-@dataclass(frozen=True)
-class _Placed:
-    """Codes and scale of a weight, by their hashes."""
-
-    codes: StoredWeight
-    scale: StoredWeight
-    kinds: tuple[ir.DataType, ir.DataType]
-    axis: int
-    block: int
-
-
-class _Writer:
-    """Writes each distinct tensor once; what an earlier variant of the bundle has on the disk is referred to."""
-
-    def __init__(self, manifest: Manifest) -> None:
-        variants = manifest.variants.values()
-        self._known = {each.sha256: each for variant in variants if variant.precision for each in variant.precision.weights}
-        self._stored: dict[str, StoredWeight] = {}
-        self._file = ""
-        self.written = False
-
-    def add(self, file: BinaryIO, made: Quantised, linear: Linear) -> _Placed:
-        kind, scale = (ir.DataType.from_numpy(array.dtype) for array in (made.codes, made.scale))
-        codes = self._store(file, f"{linear.name}.q", made.codes)
-        return _Placed(codes, self._store(file, f"{linear.name}.scale", made.scale), (kind, scale), made.axis, made.block)
-
-    def _store(self, file: BinaryIO, name: str, array: Array) -> StoredWeight:
-        data = _pack(array)
-        digest = hashlib.sha256(data).hexdigest()
-        known = self._known.get(digest)
-        if known is None:
-            file.write(bytes(-file.tell() % (_PAGE if len(data) >= _PAGE else _LINE)))
-            place, where = file.tell(), ""
-            file.write(data)
-            self.written = True
-        else:
-            place, where = known.offset, known.file
-        entry = StoredWeight(
-            name=name, dtype=array.dtype.name, shape=tuple(array.shape), offset=place, nbytes=len(data), sha256=digest, file=where
-        )
-        self._known.setdefault(digest, entry)
-        self._stored[name] = entry
-        return entry
-
-    def settle(self, file: str) -> None:
-        """What was written is in ``file``."""
-        self._file = file
-
-    def stored(self) -> tuple[StoredWeight, ...]:
-        return tuple(self._settled(entry) for entry in self._stored.values())
-
-    def place(self, placed: _Placed, activation: float | None) -> Codes:
-        codes, scale = (
-            ir.ExternalTensor(entry.file, entry.offset, entry.nbytes, kind, shape=ir.Shape(entry.shape), name=entry.name)
-            for entry, kind in zip((self._settled(placed.codes), self._settled(placed.scale)), placed.kinds, strict=True)
-        )
-        return Codes(codes, scale, placed.axis, placed.block, activation)
-
-    def _settled(self, entry: StoredWeight) -> StoredWeight:
-        return entry if entry.file else entry.model_copy(update={"file": self._file})
-
-
-def _pack(array: Array) -> bytes:
-    """Row-major, little-endian; two four-bit codes in a byte, the first one low (ONNX's TensorProto)."""
-    if array.dtype.name != "int4":
-        return np.ascontiguousarray(array).tobytes()
-    flat = array.astype(np.int8).ravel().view(np.uint8) & 15
-    flat = np.append(flat, np.uint8(0)) if flat.size % 2 else flat
-    return bytes((flat[0::2] | flat[1::2] << 4).tobytes())

@@ -17,6 +17,7 @@ from sievert.parity.verdict import Difference, StageResult, Verdict
 
 STAGE: Final = "quantised weights"
 _CODES, _SCALE = ".q", ".scale"
+_NARROW: Final = (".float16", ".bfloat16")
 _TYPES: Final = {"float8_e4m3fn": ml_dtypes.float8_e4m3fn, "bfloat16": ml_dtypes.bfloat16}
 
 Array = NDArray[Any]
@@ -31,6 +32,16 @@ def judge_weights(bundle: Bundle, precision: Precision, tolerance: float) -> Ite
     stored = {weight.name: weight for weight in precision.weights}
     original = {weight.name: weight for weight in bundle.manifest.weights}
     for name, entry in stored.items():
+        if name.endswith(_NARROW):
+            parameter = name.rpartition(".")[0]
+            if parameter not in original:
+                raise IntegrityError(f"{name} of {entry.file} has no weight {parameter!r}: make the variant again")
+            weight, narrow = (
+                _flat(_read(bundle, file, each))
+                for file, each in ((bundle.manifest.weights_file, original[parameter]), (entry.file, entry))
+            )
+            difference = _compare(narrow, weight, tolerance, 0)
+            yield StageResult(STAGE, parameter, Verdict.PASS if difference.max_abs <= tolerance else Verdict.FAIL, difference)
         if not name.endswith(_CODES):
             continue
         parameter = name.removesuffix(_CODES)
@@ -54,6 +65,11 @@ def _spread(scale: Array, shape: tuple[int, ...]) -> Iterator[tuple[int, Array]]
             yield channel, scale[:, None] if channel == 0 else scale[None, :]
         if scale.ndim == 2 and scale.shape[channel] == shape[channel] and shape[1 - channel] % scale.shape[1 - channel] == 0:
             yield channel, np.repeat(scale, shape[1 - channel] // scale.shape[1 - channel], axis=1 - channel)
+
+
+def _flat(array: Array) -> Array:
+    """As a matrix of one row per entry of the first axis."""
+    return array.astype(np.float64).reshape(len(array), -1)
 
 
 def _compare(restored: Array, weight: Array, tolerance: float, channel: int) -> Difference:

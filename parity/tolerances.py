@@ -36,11 +36,26 @@ TOLERANCES: Mapping[str, Tolerances] = {
     ),
     # Measured on small random models, half of it or less: 16 bit errors grow with depth, and the margins leave room for that.
     "float16": Tolerances(
-        vision=2e-2, embeddings=2e-2, residual=2e-2, scores=5e-2, cache=2e-2, logits=2e-2, selection=Margin(score=5e-2, similarity=2e-2)
+        vision=2e-2,
+        embeddings=2e-2,
+        residual=2e-2,
+        scores=5e-2,
+        cache=2e-2,
+        logits=2e-2,
+        selection=Margin(score=5e-2, similarity=2e-2),
+        weights=2**-10,
     ),
+    # (Weights that a 16-bit variant narrows: a unit in the last place, of which rounding takes half.)
     # Not measured: eight times float16, as its rounding is.
     "bfloat16": Tolerances(
-        vision=1.6e-1, embeddings=1.6e-1, residual=1.6e-1, scores=4e-1, cache=1.6e-1, logits=1.6e-1, selection=Margin(4e-1, 1.6e-1)
+        vision=1.6e-1,
+        embeddings=1.6e-1,
+        residual=1.6e-1,
+        scores=4e-1,
+        cache=1.6e-1,
+        logits=1.6e-1,
+        selection=Margin(4e-1, 1.6e-1),
+        weights=2**-7,
     ),
     **{
         # Measured on the shipped model and on small random ones, unpruned and pruned: half of it or less (docs/quantisation.md). Weights: a

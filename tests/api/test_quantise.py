@@ -23,7 +23,7 @@ def test_quantise_says_what_it_did_and_later_commands_say_what_it_is(bundle: Pat
         "Made the variant iwp-22-int8",
         "weights in int8, a scale per output channel",
         "max over 2 samples, one per tensor",
-        "a selector reads what it makes: model.language_model.layers.1.self_attn.q_proj.weight.T",
+        "a selector reads what it makes: model.language_model.layers.1.self_attn.k_proj.weight.T",
         "it makes the logits: lm_head.weight",
         "this calibration data is random",
         f"Next: sievert check {bundle} --variant iwp-22-int8",
