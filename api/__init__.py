@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from sievert.quantising import quantise
     from sievert.ranging import ranges
     from sievert.running import run
+    from sievert.sensing import sensitivity
     from sievert.tuning import tune
 
     __version__: str
@@ -93,6 +94,7 @@ __all__ = [
     "quantise",
     "ranges",
     "run",
+    "sensitivity",
     "tune",
     "write_plan",
 ]
@@ -118,6 +120,7 @@ _HOMES = {
     "quantise": "quantising",
     "ranges": "ranging",
     "run": "running",
+    "sensitivity": "sensing",
     "tune": "tuning",
     "write_plan": "plan_file",
 }

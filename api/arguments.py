@@ -310,6 +310,13 @@ KeepHigh = Annotated[
     list[str] | None,
     Option("--keep-high", metavar="NAME", help="Weights whose name holds this stay as they are; may be repeated.", show_default=False),
 ]
+KeepWorst = Annotated[
+    int, Option("--keep-worst", metavar="N", help="The N layers that lose most in --sensitivity stay as they are.", show_default=False)
+]
+SensitivityFile = Annotated[
+    str, Option("--sensitivity", metavar="FILE", help="What `sievert sensitivity --json` wrote.", show_default=False)
+]
+SensitivitySamples = Annotated[int, Option("--samples", metavar="N", help="How many of the data are run for each layer.")]
 RandomScales = Annotated[bool, Option("--random", help="Take scales from random calibration data all the same.")]
 
 # inspect

@@ -188,6 +188,12 @@ app.command(
         "quantise my-bundle --format int4 --block 128",
     )
 )(cli_calibrate.quantise)
+app.command(
+    epilog=examples(
+        "sensitivity my-bundle --collection my-data",
+        "sensitivity my-bundle --collection my-data --format int4 --json worst.json",
+    )
+)(cli_calibrate.sensitivity)
 app.command(epilog=examples("inspect my-bundle", "inspect my-bundle --verify", "inspect my-bundle --plan iwp-22"))(cli_look.inspect)
 app.command("list", epilog=examples("list"))(cli_look.list_choices)
 app.command(epilog=examples("doctor"))(cli_look.doctor)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from sievert.bundle.errors import CalibrationError
 from sievert.bundle.manifest import Manifest, Variant
 from sievert.bundle.names import check_variant_name
 from sievert.bundle.store import Bundle
@@ -39,6 +40,8 @@ def quantise(
     quantise_selector: bool = False,
     quantise_head: bool = False,
     keep_high: Sequence[str] = (),
+    keep_worst: int = 0,
+    sensitivity: str | Path = "",
     random: bool = False,
     force: bool = False,
     progress: Progress = silent,
@@ -52,7 +55,8 @@ def quantise(
     largest value in the data, or with ``calibration="percentile"`` of that ``percentile`` of their magnitudes. ``collection`` is what
     :func:`sievert.collect` stored of this very variant, by default ``BUNDLE-calibration`` beside the bundle; formats of weights alone read
     none. The projections that a selector reads stay as they are unless ``quantise_selector``, the product that makes the logits unless
-    ``quantise_head``, and every weight whose name holds one of ``keep_high``. ``name`` is by default ``VARIANT-FORMAT``. Scales from random
+    ``quantise_head``, every weight whose name holds one of ``keep_high``, and the ``keep_worst`` layers that lose most in the report
+    ``sensitivity`` (``sievert sensitivity --json``). ``name`` is by default ``VARIANT-FORMAT``. Scales from random
     data need ``random``, and every command that uses the variant says so.
 
     Raises:
@@ -64,8 +68,13 @@ def quantise(
     from sievert.calibration.collection import load_collection
     from sievert.calibration.narrow import KINDS, narrow_variant
     from sievert.calibration.quantise import make_recipe, quantise_variant, require_plain
+    from sievert.calibration.sensitivity import read_worst
 
     keep = dict.fromkeys(keep_high, "asked for")
+    if bool(keep_worst) != bool(str(sensitivity)):
+        raise CalibrationError("keep_worst and sensitivity belong together: give both, or neither")
+    if keep_worst:
+        keep |= read_worst(Path(sensitivity), keep_worst, format)
     sixteen = format in KINDS
     recipe = make_recipe(
         "int8" if sixteen else format,

@@ -14,10 +14,12 @@ if TYPE_CHECKING:
     from sievert.calibration.collection import Collection
     from sievert.calibration.judging import TensorRange
     from sievert.calibration.ranges import Ranges
+    from sievert.calibration.sensitivity import Sensitivity
     from sievert.quantising import QuantisedVariant
 
 _COLOURS: Final = {"nan": "bold red", "overflow": "bold red", "close": "yellow", "fits": "green", "float32": "dim"}
 _SHOWN: Final = 12
+_BAR: Final = 24
 
 
 def collection_table(collection: Collection) -> Table:
@@ -109,6 +111,29 @@ def quantised_lines(made: QuantisedVariant) -> list[str]:
     if precision.random:
         lines.append(f"[yellow]{RANDOM}[/]")
     return lines
+
+
+def sensitivity_table(found: Sensitivity) -> Table:
+    """Layers by what they lose, then whole graphs, then all of it; a bar for each, of the largest."""
+    numbers = ("weights", "KL, nats", "largest", "kept tokens that stay", "first tokens changed")
+    table = make_table("", f"{found.format} alone", *numbers, "", numbers=numbers)
+    most = max((unit.divergence for unit in (*found.units, *found.graphs, found.everything)), default=0.0) or 1.0
+    for unit in (*found.units, *found.graphs, found.everything):
+        bar = "█" * round(_BAR * unit.divergence / most)
+        values = (f"{unit.divergence:.2g}", f"{unit.worst:.2g}", f"{unit.kept_overlap:.1%}", f"{unit.changed:.1%}")
+        table.add_row(escape(unit.name), str(unit.weights), *values, bar)
+    return table
+
+
+def sensitivity_lines(found: Sensitivity) -> list[str]:
+    """What was measured, and on what."""
+    from sievert.calibration.collection import RANDOM
+
+    how = f", scales of activations: {found.calibration}" if found.calibration else ""
+    lines = [
+        f"{found.variant} in {found.format}{how}; prefill of {found.samples} samples for each line, against the same without quantisation"
+    ]
+    return [*lines, f"[yellow]{RANDOM}[/]"] if found.random else lines
 
 
 def group_kept(kept: Mapping[str, str]) -> dict[str, list[str]]:
