@@ -65,6 +65,7 @@ families: $(STAMP)
 
 memory: $(STAMP)
 	$(BIN)/python benchmarks/memory.py
+
 precision: $(STAMP)
 	$(BIN)/python benchmarks/precision.py
 
