@@ -10,7 +10,7 @@ EXTRAS ?= cpu,tensorrt-rtx,dev
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed.stamp
 
-.PHONY: help demo test test-all lint types links tables accuracy agreement families memory sequential tuning performance clean
+.PHONY: help demo test test-all lint types links tables accuracy agreement families memory precision sequential tuning performance clean
 
 help:
 	@echo "make demo      export, prune, build, check and ask the shipped model"
@@ -23,6 +23,7 @@ help:
 	@echo "make agreement every selector against PyTorch on the shipped model, and built for TensorRT for RTX (long)"
 	@echo "make families  every model family, from checkpoint to engines (long)"
 	@echo "make memory    peak memory from a checkpoint to engines, at 0.5 and 3 billion parameters (long; 25 GB of disk)"
+	@echo "make precision what number formats cost the shipped model (long)"
 	@echo "make sequential what selectors that choose one by one cost"
 	@echo "make tuning    what the search of the pruning budget finds on the shipped model (long)"
 	@echo "make performance prefill, decode and selecting against their limits (long)"
@@ -64,6 +65,9 @@ families: $(STAMP)
 
 memory: $(STAMP)
 	$(BIN)/python benchmarks/memory.py
+
+precision: $(STAMP)
+	$(BIN)/python benchmarks/precision.py
 
 sequential: $(STAMP)
 	$(BIN)/python benchmarks/sequential.py --rtx

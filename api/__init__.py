@@ -49,8 +49,10 @@ if TYPE_CHECKING:
     from sievert.planning import Cut
     from sievert.pruning import prune
     from sievert.pruning_onnx import prune_onnx
+    from sievert.quantising import quantise
     from sievert.ranging import ranges
     from sievert.running import run
+    from sievert.sensing import sensitivity
     from sievert.tuning import tune
 
     __version__: str
@@ -89,8 +91,10 @@ __all__ = [
     "load_collection",
     "prune",
     "prune_onnx",
+    "quantise",
     "ranges",
     "run",
+    "sensitivity",
     "tune",
     "write_plan",
 ]
@@ -113,8 +117,10 @@ _HOMES = {
     "load_collection": "collecting",
     "prune": "pruning",
     "prune_onnx": "pruning_onnx",
+    "quantise": "quantising",
     "ranges": "ranging",
     "run": "running",
+    "sensitivity": "sensing",
     "tune": "tuning",
     "write_plan": "plan_file",
 }

@@ -24,6 +24,24 @@ class NarrowDTypeName(StrEnum):
     bfloat16 = "bfloat16"
 
 
+class FormatName(StrEnum):
+    """Number format that a variant is quantised to."""
+
+    int8 = "int8"
+    fp8 = "fp8"
+    int4 = "int4"
+    int8_weights = "int8-weights"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+class CalibrationName(StrEnum):
+    """How the scales of activations are chosen."""
+
+    max = "max"
+    percentile = "percentile"
+
+
 class PositionName(StrEnum):
     """Which position kept tokens have after a cut."""
 
@@ -276,6 +294,30 @@ LoweredFor = Annotated[
     ),
 ]
 Worst = Annotated[int, Option("--worst", metavar="N", min=1, help="Tensors to show.")]
+
+# quantise
+QuantisedFrom = Annotated[str, Option("--variant", metavar="NAME", help="Whose graphs.")]
+NumberFormat = Annotated[
+    FormatName, Option("--format", help="int8, fp8: weights and activations; int4, int8-weights: weights alone; or 16 bit.")
+]
+QuantisedName = Annotated[str, Option("--name", metavar="NAME", help="Default: VARIANT-FORMAT.", show_default=False)]
+Calibrated = Annotated[CalibrationName, Option("--calibration", help="Scales of activations: of their largest value, or a percentile.")]
+Percentile = Annotated[float, Option("--percentile", metavar="P", help="Of the activations' magnitudes, with --calibration percentile.")]
+Block = Annotated[int, Option("--block", metavar="N", help="Weights that share a scale in int4: 32 or 128.")]
+QuantiseSelector = Annotated[bool, Option("--quantise-selector", help="Also the projections that a selector reads.")]
+QuantiseHead = Annotated[bool, Option("--quantise-head", help="Also the product that makes the logits.")]
+KeepHigh = Annotated[
+    list[str] | None,
+    Option("--keep-high", metavar="NAME", help="Weights whose name holds this stay as they are; may be repeated.", show_default=False),
+]
+KeepWorst = Annotated[
+    int, Option("--keep-worst", metavar="N", help="The N layers that lose most in --sensitivity stay as they are.", show_default=False)
+]
+SensitivityFile = Annotated[
+    str, Option("--sensitivity", metavar="FILE", help="What `sievert sensitivity --json` wrote.", show_default=False)
+]
+SensitivitySamples = Annotated[int, Option("--samples", metavar="N", help="How many of the data are run for each layer.")]
+RandomScales = Annotated[bool, Option("--random", help="Take scales from random calibration data all the same.")]
 
 # inspect
 Verify = Annotated[bool, Option("--verify", help="Hash every file.")]

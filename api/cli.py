@@ -181,6 +181,19 @@ app.command(
 app.command(
     epilog=examples("ranges my-bundle --collection my-bundle-calibration", "ranges my-bundle --engine tensorrt-rtx --json ranges.json")
 )(cli_calibrate.ranges)
+app.command(
+    epilog=examples(
+        "quantise my-bundle --variant iwp-22 --format int8 --collection my-data",
+        "quantise my-bundle --variant iwp-22 --format int8 --calibration percentile --name iwp-22-p",
+        "quantise my-bundle --format int4 --block 128",
+    )
+)(cli_calibrate.quantise)
+app.command(
+    epilog=examples(
+        "sensitivity my-bundle --collection my-data",
+        "sensitivity my-bundle --collection my-data --format int4 --json worst.json",
+    )
+)(cli_calibrate.sensitivity)
 app.command(epilog=examples("inspect my-bundle", "inspect my-bundle --verify", "inspect my-bundle --plan iwp-22"))(cli_look.inspect)
 app.command("list", epilog=examples("list"))(cli_look.list_choices)
 app.command(epilog=examples("doctor"))(cli_look.doctor)

@@ -83,6 +83,98 @@ def ranges(
     screen.next(f"export {model} OUT --dtype {advised}")
 
 
+def quantise(
+    bundle: a.BundlePath,
+    variant: a.QuantisedFrom = "full",
+    format: a.NumberFormat = a.FormatName.int8,  # noqa: A002 (the option's name)
+    name: a.QuantisedName = "",
+    calibration: a.Calibrated = a.CalibrationName.max,
+    percentile: a.Percentile = 99.99,
+    block: a.Block = 32,
+    collection: a.CollectionFolder = "",
+    quantise_selector: a.QuantiseSelector = False,
+    quantise_head: a.QuantiseHead = False,
+    keep_high: a.KeepHigh = None,
+    keep_worst: a.KeepWorst = 0,
+    sensitivity: a.SensitivityFile = "",
+    random: a.RandomScales = False,
+    force: a.Force = False,
+) -> None:
+    """Add a variant with quantised weights, and with int8 and fp8 quantised activations too; their scales come from calibration data.
+
+    What a selector reads is never quantised, unless asked.
+    """
+    from sievert import tables_calibrate as tables
+    from sievert.quantising import quantise as add_variant
+
+    screen = Screen()
+    with screen.progress() as progress:
+        made = add_variant(
+            bundle,
+            variant=variant,
+            format=format.value,
+            name=name,
+            calibration=calibration.value,
+            percentile=percentile,
+            block=block,
+            collection=collection,
+            quantise_selector=quantise_selector,
+            quantise_head=quantise_head,
+            keep_high=keep_high or [],
+            keep_worst=keep_worst,
+            sensitivity=sensitivity,
+            random=random,
+            force=force,
+            progress=progress,
+        )
+    place = shlex.quote(str(bundle))
+    screen.show(f"Made the variant [bold]{made.name}[/] of {place}")
+    for line in tables.quantised_lines(made):
+        screen.show(line)
+    screen.next(f"check {place} --variant {made.name}", f"build {place} --variant {made.name} --engine tensorrt-rtx")
+
+
+def sensitivity(
+    bundle: a.BundlePath,
+    collection: a.CollectionFolder = "",
+    variant: a.RangedVariant = "",
+    format: a.NumberFormat = a.FormatName.int8,  # noqa: A002 (the option's name)
+    calibration: a.Calibrated = a.CalibrationName.max,
+    percentile: a.Percentile = 99.99,
+    block: a.Block = 32,
+    samples: a.SensitivitySamples = 32,
+    random: a.RandomScales = False,
+    report: a.JsonFile = None,
+) -> None:
+    """Quantise one layer at a time and measure what the first answers lose: which layers to leave as they are."""
+    from sievert import tables_calibrate as tables
+    from sievert.sensing import sensitivity as measure
+
+    screen = Screen()
+    if report is not None:
+        require_folder(report)
+    with screen.progress() as progress:
+        found = measure(
+            bundle,
+            collection,
+            variant=variant,
+            format=format.value,
+            calibration=calibration.value,
+            percentile=percentile,
+            block=block,
+            samples=samples,
+            random=random,
+            progress=progress,
+        )
+    screen.show(tables.sensitivity_table(found))
+    for line in tables.sensitivity_lines(found):
+        screen.show(line)
+    if report is not None:
+        write_file(report, (json.dumps(found.to_json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+        place, file = shlex.quote(str(bundle)), shlex.quote(str(report))
+        screen.next(f"quantise {place} --variant {found.variant} --format {found.format} --sensitivity {file} --keep-worst 1")
+
+
 def _steps(text: str) -> int | list[int]:
     """``3`` is how many, ``1,4,16`` are which; ``8,`` is one."""
     from sievert.bundle.errors import ProfileError

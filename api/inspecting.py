@@ -64,12 +64,16 @@ def inspect(bundle: str | Path, *, verify: bool = False, progress: Progress = si
 
 
 def measure(manifest: Manifest) -> dict[str, int]:
-    """Bytes by kind of file: weights, dynamic graphs, static graphs of variants, engines, and the checkpoint's small files."""
-    sizes = dict.fromkeys(("weights", "dynamic graphs", "variants' graphs", "engines", "tokenizer and configuration"), 0)
+    """Bytes by kind of file: weights, those of quantised variants, dynamic graphs, static ones, engines, the checkpoint's small files."""
+    sizes = dict.fromkeys(
+        ("weights", "quantised weights", "dynamic graphs", "variants' graphs", "engines", "tokenizer and configuration"), 0
+    )
     dynamic = {entry.file for entry in manifest.graphs.values()}
     for name, entry in manifest.files.items():
         if name == manifest.weights_file:
             kind = "weights"
+        elif name.endswith(".data"):
+            kind = "quantised weights"
         elif name in dynamic:
             kind = "dynamic graphs"
         elif name.endswith(".engine"):
@@ -85,8 +89,10 @@ def measure(manifest: Manifest) -> dict[str, int]:
 def measure_caches(manifest: Manifest, variant: str) -> CacheInfo:
     """The caches of a variant."""
     made, geometry = manifest.variants[variant], manifest.geometry
-    row = 2 * geometry.kv_heads * geometry.head_size * (4 if manifest.source.dtype == "float32" else 2)
-    one = row * sum(made.capacities)
+    kinds = {spec.name: 4 if spec.dtype == "float32" else 2 for spec in made.graphs["decode"].inputs}
+    sizes = [kinds[f"past_key_values.{layer}.{part}"] for layer in range(len(made.capacities)) for part in ("key", "value")]
+    rows = [rows for rows in made.capacities for _ in range(2)]
+    one = geometry.kv_heads * geometry.head_size * sum(size * count for size, count in zip(sizes, rows, strict=True))
     return CacheInfo(made.capacities, one * made.profile.batch, one * made.profile.decode_batch)
 
 

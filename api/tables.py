@@ -13,6 +13,8 @@ from rich.table import Table
 from sievert.bundle.manifest import Manifest, Variant
 from sievert.bundle.plan import Plan
 
+RANDOM_SCALES = "its scales come from random data: they say nothing about the model in use"
+
 if TYPE_CHECKING:
     from sievert.building import Built
     from sievert.checking import Checked, Outcome
@@ -126,11 +128,31 @@ def verdict_lines(checked: Checked) -> list[str]:
                 what = _describe_report(outcome, report)
                 lines.append(f"{coloured(report.verdict.value)} {outcome.variant} on {what}: {escape(report.reason)}")
     reports = [report for outcome in checked.outcomes for report in outcome.reports]
+    lines += [line for outcome in checked.outcomes for report in outcome.reports[-1:] for line in effect_lines(report)]
     if any(report.synthetic for report in reports):
         lines.append("[dim]The samples were made up: they prove numerics, and say nothing about answers. Give your own with --data[/]")
     counts = [f"{sum(report.verdict.value == verdict for report in reports)} {verdict}" for verdict in _COLOURS]
     lines.append(f"{coloured(checked.verdict.value)} over all that ran: {', '.join(count for count in counts if count[0] != '0')}")
     return lines
+
+
+def effect_lines(report: Report) -> list[str]:
+    """Of a quantised variant: what pruning did, and what quantisation did on top of it."""
+    effects = report.effects
+    if effects is None:
+        return []
+    pruning = "no tokens pruned"
+    if effects.kept_changed:
+        changed = ", ".join(f"{share:.1%}" for share in effects.kept_changed)
+        pruning = (
+            f"pruning alone (float32) KL {effects.pruning:.2g} nats, {effects.pruning_changed_answers:.0%} of the answers changed; "
+            f"kept tokens that quantisation changed: {changed}"
+        )
+    lines = [
+        f"{report.variant}: {report.dtype} on top of it KL {effects.quantisation:.2g} nats, "
+        f"{effects.quantisation_changed_answers:.0%} of the answers changed; {pruning} (medians over {effects.samples} samples)"
+    ]
+    return [*lines, f"[yellow]{report.variant}: {RANDOM_SCALES}[/]"] if report.random_scales else lines
 
 
 def family_table(families: Sequence[Family]) -> Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
 from rich.markup import escape
@@ -13,9 +14,12 @@ if TYPE_CHECKING:
     from sievert.calibration.collection import Collection
     from sievert.calibration.judging import TensorRange
     from sievert.calibration.ranges import Ranges
+    from sievert.calibration.sensitivity import Sensitivity
+    from sievert.quantising import QuantisedVariant
 
 _COLOURS: Final = {"nan": "bold red", "overflow": "bold red", "close": "yellow", "fits": "green", "float32": "dim"}
 _SHOWN: Final = 12
+_BAR: Final = 24
 
 
 def collection_table(collection: Collection) -> Table:
@@ -84,6 +88,60 @@ def ranges_lines(found: Ranges) -> list[str]:
     if found.emulated:
         lines.append("[dim]These graphs are 16-bit ones, emulated on the CPU: a float32 bundle shows how far beyond the limit values go[/]")
     return lines
+
+
+def quantised_lines(made: QuantisedVariant) -> list[str]:
+    """What was narrowed, what was not and why, and what that saves."""
+    from sievert.calibration.collection import RANDOM
+
+    precision = made.variant.precision
+    if precision is None:
+        return []
+    sixteen = precision.format in ("float16", "bfloat16")
+    count = len(precision.weights) if sixteen else sum(weight.name.endswith(".q") for weight in precision.weights)
+    block = "" if sixteen else f", a scale per block of {precision.block}" if precision.block else ", a scale per output channel"
+    lines = [f"{count} weights in {precision.format}{block}: {describe_bytes(made.bytes)}, before {describe_bytes(made.bytes_before)}"]
+    if precision.calibration:
+        lines.append(f"scales of activations: {precision.calibration} over {precision.samples} samples, one per tensor")
+    if sixteen and not precision.kept:
+        lines.append(f"no tensor overflows over {precision.samples} samples")
+    for reason, names in group_kept(precision.kept).items():
+        shown = ", ".join(map(escape, names[:_SHOWN])) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+        lines.append(f"kept as they are, {escape(reason)}: {shown}")
+    if precision.random:
+        lines.append(f"[yellow]{RANDOM}[/]")
+    return lines
+
+
+def sensitivity_table(found: Sensitivity) -> Table:
+    """Layers by what they lose, then whole graphs, then all of it; a bar for each, of the largest."""
+    numbers = ("weights", "KL, nats", "largest", "kept tokens that stay", "first tokens changed")
+    table = make_table("", f"{found.format} alone", *numbers, "", numbers=numbers)
+    most = max((unit.divergence for unit in (*found.units, *found.graphs, found.everything)), default=0.0) or 1.0
+    for unit in (*found.units, *found.graphs, found.everything):
+        bar = "█" * round(_BAR * unit.divergence / most)
+        values = (f"{unit.divergence:.2g}", f"{unit.worst:.2g}", f"{unit.kept_overlap:.1%}", f"{unit.changed:.1%}")
+        table.add_row(escape(unit.name), str(unit.weights), *values, bar)
+    return table
+
+
+def sensitivity_lines(found: Sensitivity) -> list[str]:
+    """What was measured, and on what."""
+    from sievert.calibration.collection import RANDOM
+
+    how = f", scales of activations: {found.calibration}" if found.calibration else ""
+    lines = [
+        f"{found.variant} in {found.format}{how}; prefill of {found.samples} samples for each line, against the same without quantisation"
+    ]
+    return [*lines, f"[yellow]{RANDOM}[/]"] if found.random else lines
+
+
+def group_kept(kept: Mapping[str, str]) -> dict[str, list[str]]:
+    """The weights that were kept, by reason."""
+    groups: dict[str, list[str]] = {}
+    for name, reason in kept.items():
+        groups.setdefault(reason, []).append(name)
+    return groups
 
 
 def _where(each: TensorRange) -> str:

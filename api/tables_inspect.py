@@ -12,7 +12,9 @@ from rich.table import Table
 from sievert.bundle.manifest import Manifest
 from sievert.bundle.specs import Geometry, TensorSpec
 from sievert.inspecting import Inspection
+from sievert.quantising import measure_weights
 from sievert.tables import VARIANT_COLUMNS, describe_bytes, make_table, place_graph, summarise_source, variant_row
+from sievert.tables_calibrate import group_kept
 
 
 def inspection(found: Inspection, *, tensors: bool) -> Iterable[Table | str]:
@@ -21,6 +23,8 @@ def inspection(found: Inspection, *, tensors: bool) -> Iterable[Table | str]:
     yield describe_input(found.manifest.geometry)
     yield _sizes(found)
     yield _variants(found)
+    if any(variant.precision for variant in found.manifest.variants.values()):
+        yield _precision(found.manifest)
     yield _engines(found.manifest)
     yield _graphs(found.manifest, every=tensors)
     if tensors:
@@ -72,6 +76,24 @@ def _variants(found: Inspection) -> Table:
         rows = ", ".join(f"{len(list(group))} x {rows}" for rows, group in groupby(caches.rows))
         sizes = describe_bytes(caches.decode_bytes)
         table.add_row(*variant_row(name, variant), rows, sizes)
+    return table
+
+
+def _precision(manifest: Manifest) -> Table:
+    numbers = ("its weights", "before")
+    table = make_table(
+        "Precision", "variant", "made from", "format", "scales of activations", *numbers, "kept as they are", numbers=numbers
+    )
+    for name, variant in manifest.variants.items():
+        precision = variant.precision
+        if precision is None:
+            continue
+        size, before = measure_weights(manifest, variant)
+        form = precision.format + (f", block {precision.block}" if precision.block else "")
+        scales = f"{precision.calibration} over {precision.samples} samples" if precision.calibration else "none"
+        scales = f"[yellow]{scales}, RANDOM data[/]" if precision.random else scales
+        kept = "\n".join(f"{len(names)}: {escape(reason)}" for reason, names in group_kept(precision.kept).items())
+        table.add_row(name, precision.base, form, scales, describe_bytes(size), describe_bytes(before), kept)
     return table
 
 

@@ -165,9 +165,9 @@ def measure(options: argparse.Namespace, work: Path) -> None:
         sys.stdout.write(f"made {path.relative_to(ROOT)}\n")
 
 
-def claim(work: Path) -> str:
+def claim(work: Path, measured: Sequence[str] = MEASURED) -> str:
     """The hash of the code to measure; refuses a folder that holds answers of other code."""
-    code, mark = hash_code(MEASURED), work / "code"
+    code, mark = hash_code(measured), work / "code"
     if mark.exists() and mark.read_text() != code:
         raise SystemExit(f"{work} holds answers of other code ({mark.read_text()}, this is {code}): remove it, or give another --work")
     mark.write_text(code)

@@ -82,7 +82,7 @@ class Share:
 def answer_share(share: Share, answered: queue.Queue[int]) -> dict[str, list[list[float]]]:
     """For each arm and question: right, same, divergence. ``answered`` is told how many questions are done.
 
-    Prompts and vision features are computed once a batch and shared by the arms whose vision encoder gives no scores.
+    Prompts and vision features are computed once a batch and shared by the arms that have the same vision encoder.
     """
     plans = json.dumps({arm.name: arm.plan.model_dump(mode="json") for arm in share.arms}, sort_keys=True)
     taken: dict[str, list[list[float]]] = {arm.name: [] for arm in share.arms}
@@ -98,7 +98,7 @@ def answer_share(share: Share, answered: queue.Queue[int]) -> dict[str, list[lis
     pipelines = {arm.name: Recording(bundle, arm.name, runtime) for arm in share.arms}
     prompter = Prompter(bundle.path, bundle.manifest.geometry, bundle.variant(share.arms[0].name).profile)
     for count, items in enumerate(_chunks(islice(held_out(share.questions, split=share.split), known, None))):
-        for name, rows in _answer_batch(pipelines, prompter, items).items():
+        for name, rows in _answer_batch(bundle, pipelines, prompter, items).items():
             taken[name] += rows
         answered.put(len(items))
         if count % 20 == 19:
@@ -107,15 +107,16 @@ def answer_share(share: Share, answered: queue.Queue[int]) -> dict[str, list[lis
     return taken
 
 
-def _answer_batch(pipelines: Mapping[str, Recording], prompter: Prompter, items: Sequence[Item]) -> dict[str, list[list[float]]]:
+def _answer_batch(
+    bundle: Bundle, pipelines: Mapping[str, Recording], prompter: Prompter, items: Sequence[Item]
+) -> dict[str, list[list[float]]]:
     batch = prompter.prepare([item.image for item in items], [item.question for item in items])
-    shared: Features | None = None
+    shared: dict[str, Features] = {}
     reference: tuple[list[str], Array] | None = None
     rows: dict[str, list[list[float]]] = {}
     for name, pipeline in pipelines.items():
-        plain = "visual_scores" not in {spec.name for spec in pipeline.variant.graphs["vision_encoder"].outputs}
-        features = shared if plain and shared is not None else pipeline.encode(batch.pixel_values)
-        shared = features if plain else shared
+        encoder = bundle.manifest.files[pipeline.variant.graphs["vision_encoder"].file].sha256
+        features = shared[encoder] = shared.get(encoder) or pipeline.encode(batch.pixel_values)
         said = [one.text.strip() for one in generate(pipeline, prompter.tokenizer, batch, max_new_tokens=MAX_NEW, features=features)]
         logs = _log_softmax(pipeline.logits[: len(items)])
         reference = reference or (said, logs)

@@ -13,6 +13,7 @@ from benchmarks.agreement import MEASURED as AGREEMENT
 from benchmarks.families import MEASURED as FAMILIES
 from benchmarks.memory import MEASURED as MEMORY
 from benchmarks.performance import MEASURED as PERFORMANCE
+from benchmarks.precision import MEASURED as PRECISION
 from benchmarks.sequential import MEASURED as SEQUENTIAL
 from benchmarks.stamp import ROOT, hash_code
 from benchmarks.tuning import MEASURED as TUNING
@@ -23,6 +24,7 @@ TABLES = {
     "docs/families.md": (FAMILIES, "make families"),
     "docs/memory.md": (MEMORY, "make memory"),
     "docs/performance.md": (PERFORMANCE, "make performance"),
+    "docs/precision.md": (PRECISION, "make precision"),
     "docs/sequential.md": (SEQUENTIAL, "make sequential"),
     "docs/tuning.md": (TUNING, "make tuning"),
 }

@@ -68,6 +68,8 @@ def referenced(manifest: Manifest) -> Iterator[tuple[str, str]]:
     for name, variant in manifest.variants.items():
         for graph, entry in variant.graphs.items():
             yield f"graph {graph} of variant {name}", entry.file
+        for file in dict.fromkeys(weight.file for weight in variant.precision.weights) if variant.precision else ():
+            yield f"the weights of variant {name}", file
         for engine, built in variant.engines.items():
             for graph, made in built.graphs.items():
                 yield f"graph {graph} of variant {name} for {engine}", made.lowered
@@ -91,9 +93,10 @@ def check_references(manifest: Manifest) -> None:
         check_name(name, where=f"the manifest, {who},")
         if name not in manifest.files:
             raise ManifestError(f"the manifest names {name} for {who} but does not list it with its hash: make the step again")
-    # The weights are one file by contract; their table must lie within it.
-    size = manifest.files[manifest.weights_file].bytes
-    for weight in manifest.weights:
+    # The model's weights are one file by contract; a variant's own stand in others. Their tables must lie within them.
+    own = [weight for variant in manifest.variants.values() if variant.precision for weight in variant.precision.weights]
+    for file, weight in [*((manifest.weights_file, weight) for weight in manifest.weights), *((weight.file, weight) for weight in own)]:
+        size = manifest.files[file].bytes
         if weight.offset < 0 or weight.nbytes < 0 or weight.offset + weight.nbytes > size:
             raise ManifestError(f"weight {weight.name} ends at byte {weight.offset + weight.nbytes} of a weights file of {size} bytes")
 

@@ -27,6 +27,12 @@ class WeightEntry(Record):
     sha256: str
 
 
+class StoredWeight(WeightEntry):
+    """A tensor that a variant has of its own, in the data file ``file``: a quantised weight, or its scales."""
+
+    file: str
+
+
 class Source(Record):
     """Where the model came from. ``model`` is the folder or hub id the user gave."""
 
@@ -67,11 +73,31 @@ class EngineEntry(Record):
     graphs: dict[str, EngineFile]
 
 
+class Precision(Record):
+    """How the graphs of a variant were narrowed.
+
+    ``base`` is the variant they were made from, ``format`` the number format (a key of ``sievert.calibration.numbers.FORMATS``), ``block``
+    how many weights along K share a scale (0: each output channel has one). ``calibration`` says how the scales of activations were
+    chosen, empty where they are not quantised; ``data`` is the seal of the collection they come from, ``samples`` its size, ``random``
+    whether nobody ever asked these questions. ``kept`` are weights that stay as they were, each with the reason.
+    """
+
+    base: str
+    format: str
+    block: int = 0
+    calibration: str = ""
+    data: str = ""
+    samples: int = 0
+    random: bool = False
+    kept: dict[str, str] = {}
+    weights: tuple[StoredWeight, ...] = ()
+
+
 class Variant(Record):
     """Static graphs over the bundle's weights: ``vision_encoder``, ``embed_tokens``, ``prefill``, ``decode``.
 
     ``capacities`` are the cache rows of each layer. ``reads_question``: a selector is guided by the text after the image, so there must
-    be some.
+    be some. ``precision`` is None where the graphs are of the model's own dtype.
     """
 
     plan: Plan
@@ -80,6 +106,7 @@ class Variant(Record):
     graphs: dict[str, GraphEntry]
     engines: dict[str, EngineEntry] = {}
     reads_question: bool = False
+    precision: Precision | None = None
 
 
 class Step(Record):

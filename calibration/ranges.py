@@ -8,18 +8,15 @@ from typing import Any, Final, Literal
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from sievert.bundle.errors import EngineUnavailableError
+from sievert.bundle.errors import CalibrationError, EngineUnavailableError
 from sievert.bundle.files import sha256_bytes
-from sievert.bundle.specs import describe_values
 from sievert.calibration.collection import Collection
+from sievert.calibration.exposing import chunk_values, cut_graph
 from sievert.calibration.formats import Format, find_format
 from sievert.calibration.judging import Seen, TensorRange, judge
-from sievert.calibration.tensors import nbytes
 from sievert.engines.run.base import ModelFile
 from sievert.engines.run.registry import find_runtime
-from sievert.graph_passes.expose import expose, to_bytes
 from sievert.graph_passes.lower import Target, lower
 
 ENGINE: Final = "onnxruntime"
@@ -82,6 +79,10 @@ def measure_ranges(
     """
     limits = find_format(dtype)
     collection.require_variant(variant)
+    if (precision := collection.bundle.variant(variant).precision) is not None:
+        raise CalibrationError(
+            f"variant {variant!r} is quantised ({precision.format}): measure the one it was made from, {precision.base!r}"
+        )
     if reason := find_runtime(ENGINE).unavailable():
         raise EngineUnavailableError(reason)
     bundle = collection.bundle
@@ -98,10 +99,10 @@ def measure_ranges(
         judged = frozenset(weights)
         found |= _read_weights(model, limits, weights)
         found |= _read_inputs(collection, graph, model, limits)
-        chunks = list(_chunks(model, chunk_bytes))
+        chunks = list(chunk_values(_floats(value for node in model.graph for value in node.outputs), chunk_bytes))
         for number, chunk in enumerate(chunks, 1):
             progress(f"measuring {graph}: part {number} of {len(chunks)}")
-            found |= _measure(collection, graph, ModelFile(path, "", _cut(model, chunk)), chunk, limits)
+            found |= _measure(collection, graph, ModelFile(path, "", cut_graph(model, chunk)), chunk, limits)
         tensors += judge(collection, graph, model, found, limits, judged, sixteen=sixteen)
     return Ranges(
         variant=variant,
@@ -145,33 +146,6 @@ def _read_inputs(collection: Collection, graph: str, model: ir.Model, limits: Fo
         for value, seen in found.items():
             seen.add(feed[str(value.name)], limits, run)
     return found
-
-
-def _chunks(model: ir.Model, budget: int) -> Iterator[tuple[ir.Value, ...]]:
-    """Computed float values in order, grouped so that each group takes at most ``budget`` bytes or is a single value."""
-    chunk: list[ir.Value] = []
-    size = 0
-    for value in _floats(value for node in model.graph for value in node.outputs):
-        (spec,) = describe_values([value])
-        needed = nbytes(spec)
-        if chunk and size + needed > budget:
-            yield tuple(chunk)
-            chunk, size = [], 0
-        chunk.append(value)
-        size += needed
-    if chunk:
-        yield tuple(chunk)
-
-
-def _cut(model: ir.Model, chunk: Sequence[ir.Value]) -> bytes:
-    """The graph with these values as its only outputs, and nothing they do not need."""
-    names = [str(value.name) for value in chunk]
-    exposed = expose(model, names)
-    kept = [value for value in exposed.graph.outputs if str(value.name) in set(names)]
-    exposed.graph.outputs.clear()
-    exposed.graph.outputs.extend(kept)
-    RemoveUnusedNodesPass()(exposed)
-    return to_bytes(exposed)
 
 
 def _measure(collection: Collection, graph: str, model: ModelFile, chunk: Sequence[ir.Value], limits: Format) -> dict[ir.Value, Seen]:

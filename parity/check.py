@@ -6,6 +6,7 @@ import itertools
 import logging
 import platform
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -20,8 +21,10 @@ from sievert.engines.run.pipeline import Pipeline
 from sievert.engines.run.prompt import Prompter, load_processor
 from sievert.engines.run.registry import find_runtime
 from sievert.parity.compare import compare, usable_kept
+from sievert.parity.effects import separate_effects, summarise_effects
 from sievert.parity.load import describe_other_weights, load_reference
 from sievert.parity.observe import observe_prefill, observe_tokens, open_pipeline
+from sievert.parity.quantised import judge_weights
 from sievert.parity.record import ReferenceRecord, kept_name
 from sievert.parity.reference import Reference, ReferenceInputs
 from sievert.parity.report import Report, SampleReport, explain, summarise
@@ -106,10 +109,16 @@ def check_against(
     progress(f"loading {variant} on {engine}")
     pipeline, exposed = open_pipeline(bundle, variant, engine, lowered_for=lowered_for)
     reports: list[SampleReport] = []
+    precision = bundle.variant(variant).precision
     with pipeline:
         for group in _batched(samples, profile.batch):
             progress(f"samples {len(reports) + 1}..{len(reports) + len(group)} of {len(samples)}")
             reports += _check_group(reference, bundle, pipeline, prompter, group, steps, template=template, exposed=exposed)
+    if precision is not None:
+        progress("reading the quantised weights")
+        weights = tuple(judge_weights(bundle, precision, tolerances_for(_dtype(bundle, variant)).weights))
+        reports[0] = replace(reports[0], results=(*weights, *reports[0].results))
+        reports[0] = replace(reports[0], verdict=combine([result.verdict for result in reports[0].results]))
     verdict, reason, stage = explain([report.results for report in reports])
     if verdict is Verdict.FAIL and (otherwise := describe_other_weights(bundle.manifest, reference.model)):
         reason += f". The checkpoint was changed since the bundle was made, or is another one: {otherwise}"
@@ -145,19 +154,28 @@ def _check_group(
 ) -> list[SampleReport]:
     """One batch: the engine reads it, the reference follows what it kept, and both are fed the reference's tokens."""
     batch = prompter.prepare([sample.image for sample in group], [sample.prompt for sample in group], template=template)
-    plan, tolerances = pipeline.variant.plan, tolerances_for(bundle.manifest.source.dtype)
+    variant = pipeline.variant
+    plan, tolerances = variant.plan, tolerances_for(variant.precision.format if variant.precision else bundle.manifest.source.dtype)
     seen = observe_prefill(pipeline, batch, exposed=exposed)
     references: list[ReferenceRecord] = []
+    given: list[ReferenceInputs] = []
     for row, record in enumerate(seen.records()):
         processed, film = batch.processed[row], pipeline.geometry.film
         pixels = PIXELS if film is None else film.pixels
         inputs = ReferenceInputs(batch.unpadded(row), processed[pixels], pipeline.profile.images, processed, pixels)
         kept = usable_kept(record, [stage.keep for stage in plan.stages], np.sort(batch.visual_index[row]))
         references.append(reference.record(inputs, plan, kept=kept, tokens=steps))
+        given.append(inputs)
     observe_tokens(pipeline, seen, [record.tokens for record in references])
     records = seen.records()
     results = [compare(ours, theirs, tolerances) for ours, theirs in zip(records, references, strict=True)]
     free = generate(pipeline, prompter.tokenizer, batch, max_new_tokens=steps)
+    stops = bundle.manifest.geometry.eos_token_ids
+    effects = [
+        separate_effects(reference, inputs, plan, record, answer.tokens, steps=steps, stops=stops)
+        for inputs, record, answer in zip(given, records, free, strict=True)
+        if variant.precision is not None
+    ]
     return [
         SampleReport(
             prompt=sample.prompt,
@@ -170,9 +188,16 @@ def _check_group(
             engine_text=free[row].text,
             verdict=combine([result.verdict for result in results[row]]),
             results=results[row],
+            effects=effects[row] if effects else None,
         )
         for row, sample in enumerate(group)
     ]
+
+
+def _dtype(bundle: Bundle, variant: str) -> str:
+    """What the variant's tolerances are stated for."""
+    precision = bundle.variant(variant).precision
+    return bundle.manifest.source.dtype if precision is None else precision.format
 
 
 def _text(prompter: Prompter, tokens: Sequence[int], stops: Sequence[int]) -> str:
@@ -195,12 +220,13 @@ def _report(
     forced_tokens: int = 0,
 ) -> Report:
     packages = ("numpy", "torch", "transformers", "sievert")
+    precision = bundle.variant(variant).precision
     return Report(
         bundle=bundle.path.name,
         variant=variant,
         engine=engine,
         lowered_for=lowered_for,
-        dtype=bundle.manifest.source.dtype,
+        dtype=_dtype(bundle, variant),
         verdict=verdict,
         reason=reason,
         first_failure=first_failure,
@@ -208,7 +234,9 @@ def _report(
         samples=samples,
         synthetic=synthetic,
         forced_tokens=forced_tokens,
-        tolerances=tolerances_for(bundle.manifest.source.dtype),
+        tolerances=tolerances_for(_dtype(bundle, variant)),
+        effects=summarise_effects([sample.effects for sample in samples if sample.effects], samples[0].kept if samples else ()),
+        random_scales=precision is not None and precision.random,
         versions={
             "python": platform.python_version(),
             **{name: version(name) for name in packages},

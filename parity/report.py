@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
+from sievert.parity.effects import Effects, EffectsSummary
 from sievert.parity.tolerances import Tolerances
 from sievert.parity.verdict import Difference, StageResult, Verdict, combine, exit_code, first_failure
 
@@ -18,7 +19,7 @@ from sievert.parity.verdict import Difference, StageResult, Verdict, combine, ex
 class SampleReport:
     """One prompt. ``kept`` counts visual tokens per cut; ``same_kept``: the engine kept what the reference would have.
 
-    ``reference_text`` and ``engine_text`` are both free-running greedy answers, shown and not judged.
+    ``reference_text`` and ``engine_text`` are both free-running greedy answers, shown and not judged. ``effects``: of quantised variants.
     """
 
     prompt: str
@@ -29,6 +30,7 @@ class SampleReport:
     engine_text: str
     verdict: Verdict
     results: tuple[StageResult, ...]
+    effects: Effects | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Report:
     """The verdict on one variant on one engine, and everything it was computed from.
 
     ``reason`` says in one sentence why the verdict is not PASS; ``lowered_for`` names the engine whose lowered ONNX files were run.
+    ``dtype`` is what the tolerances are of: the model's, or a quantised variant's format. ``random_scales``: from random data.
     """
 
     bundle: str
@@ -65,6 +68,8 @@ class Report:
     forced_tokens: int
     tolerances: Tolerances
     versions: Mapping[str, str]
+    effects: EffectsSummary | None = None
+    random_scales: bool = False
 
     def exit_code(self, *, strict: bool = False) -> int:
         """0 for PASS and NOT RUN, 1 for FAIL; AMBIGUOUS is 0, or 3 under ``strict``."""

@@ -15,7 +15,8 @@ class Tolerances:
 
     ``scores`` is in units of ``Choice.condition``, the error of a score per relative error of what it is computed from; of the vision
     encoder's scores in units of the largest. ``selection`` says what is a near tie between tokens to keep. Two logits are a near tie
-    where twice the allowed error could swap them.
+    where twice the allowed error could swap them. ``weights``, of quantised variants: how far an output channel of a weight may be from the
+    model's, as the norm of the error over the norm of the channel.
     """
 
     vision: float
@@ -25,6 +26,7 @@ class Tolerances:
     cache: float
     logits: float
     selection: Margin
+    weights: float = 0.0
 
 
 TOLERANCES: Mapping[str, Tolerances] = {
@@ -34,17 +36,45 @@ TOLERANCES: Mapping[str, Tolerances] = {
     ),
     # Measured on small random models, half of it or less: 16 bit errors grow with depth, and the margins leave room for that.
     "float16": Tolerances(
-        vision=2e-2, embeddings=2e-2, residual=2e-2, scores=5e-2, cache=2e-2, logits=2e-2, selection=Margin(score=5e-2, similarity=2e-2)
+        vision=2e-2,
+        embeddings=2e-2,
+        residual=2e-2,
+        scores=5e-2,
+        cache=2e-2,
+        logits=2e-2,
+        selection=Margin(score=5e-2, similarity=2e-2),
+        weights=2**-10,
     ),
+    # (Weights that a 16-bit variant narrows: a unit in the last place, of which rounding takes half.)
     # Not measured: eight times float16, as its rounding is.
     "bfloat16": Tolerances(
-        vision=1.6e-1, embeddings=1.6e-1, residual=1.6e-1, scores=4e-1, cache=1.6e-1, logits=1.6e-1, selection=Margin(4e-1, 1.6e-1)
+        vision=1.6e-1,
+        embeddings=1.6e-1,
+        residual=1.6e-1,
+        scores=4e-1,
+        cache=1.6e-1,
+        logits=1.6e-1,
+        selection=Margin(4e-1, 1.6e-1),
+        weights=2**-7,
+    ),
+    **{
+        # Measured on the shipped model and on small random ones, unpruned and pruned: half of it or less (docs/quantisation.md). Weights: a
+        # channel's largest value is up to 12 times its root mean square, so half a step of 127 is 2 % of it, and a step that is wrong by
+        # a tenth is seen; of 8-bit floats the rounding is at most a sixteenth of each value.
+        form: Tolerances(
+            vision=0.15, embeddings=0.15, residual=0.15, scores=0.15, cache=0.3, logits=0.4, selection=Margin(0.1, 0.1), weights=weights
+        )
+        for form, weights in (("int8", 0.05), ("int8-weights", 0.05), ("fp8", 0.0625))
+    },
+    # As above. Fifteen codes: rounding alone is a tenth of a channel.
+    "int4": Tolerances(
+        vision=0.2, embeddings=0.2, residual=0.2, scores=0.2, cache=0.4, logits=0.6, selection=Margin(0.15, 0.15), weights=0.2
     ),
 }
 
 
 def tolerances_for(dtype: str) -> Tolerances:
-    """The tolerances of a model of ``dtype``.
+    """The tolerances of a model of ``dtype``, or of a variant quantised to that format.
 
     Raises:
         InputError: no tolerances are stated for it.

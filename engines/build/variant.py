@@ -7,12 +7,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Final
 
 import onnx_ir as ir
 
 from sievert.bundle.errors import EngineError, EngineUnavailableError
 from sievert.bundle.integrity import check_file
-from sievert.bundle.manifest import EngineEntry, EngineFile
+from sievert.bundle.manifest import EngineEntry, EngineFile, Variant
 from sievert.bundle.step import OpenStep
 from sievert.bundle.store import Bundle
 from sievert.engines.build.builders import Builder, describe_builder, find_builder, unavailable_to_build
@@ -26,6 +27,8 @@ __all__ = ["Progress", "build", "unavailable_to_build"]
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, float], None]
+
+_FLOAT8_SINCE: Final = 89
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,9 @@ def build(
         raise EngineUnavailableError(reason)
     tell = progress or (lambda _graph, _share: None)
     with bundle.step(command) as step:
-        graphs = {name: entry.file for name, entry in bundle.variant(variant_name).graphs.items()}
+        variant = bundle.variant(variant_name)
+        _check_precision(builder, variant_name, variant, chosen)
+        graphs = {name: entry.file for name, entry in variant.graphs.items()}
         lowered = {name: _lower_graph(bundle, builder, name, file) for name, file in graphs.items()}
         if "SM75" in chosen and (half := [name for name, graph in lowered.items() if graph.bfloat16]):
             raise EngineError(f"{', '.join(half)} compute in bfloat16, which Turing (SM75) has not: leave SM75 out, or export in float16")
@@ -114,6 +119,28 @@ def _build_graph(
     seconds = round(time.monotonic() - start, 3)
     logger.info("%s: built for %s in %.1f s", stem, builder.engine, seconds)
     return EngineFile(lowered=source, built_from=sha256, file=file, builder=describe_builder(builder, capabilities), seconds=seconds)
+
+
+def _check_precision(builder: Builder, name: str, variant: Variant, capabilities: Sequence[str]) -> None:
+    """Refuse a number format that a capability has no arithmetic for, and say what an engine for any GPU leaves open.
+
+    Raises:
+        EngineError: 8-bit floats below SM89.
+    """
+    precision = variant.precision
+    if precision is None:
+        return
+    if precision.random:
+        logger.warning("%s: its scales come from random data, and say nothing about the model in use", name)
+    if builder.module is None or not any(weight.dtype.startswith("float8") for weight in precision.weights):
+        return
+    if older := [each for each in capabilities if each.removeprefix("SM").isdigit() and int(each.removeprefix("SM")) < _FLOAT8_SINCE]:
+        raise EngineError(
+            f"variant {name!r} computes in fp8, which GPUs have from SM{_FLOAT8_SINCE} (Ada) on, not {', '.join(older)}: leave these out, "
+            "or quantise to int8"
+        )
+    if not capabilities:
+        logger.warning("%s computes in fp8: its engine runs on SM%d (Ada) and later GPUs only", name, _FLOAT8_SINCE)
 
 
 def _check_capabilities(builder: Builder, capabilities: Sequence[str]) -> tuple[str, ...]:

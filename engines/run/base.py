@@ -20,12 +20,13 @@ class ModelFile:
     """A graph to load: a checked file of a bundle and its SHA-256.
 
     ``content`` is an ONNX model to run in place of the file, which need not exist then; its weights are looked for beside ``path``. Only
-    runtimes that read ONNX take it.
+    runtimes that read ONNX take it. ``float8``: it computes with 8-bit floats.
     """
 
     path: Path
     sha256: str
     content: bytes | None = None
+    float8: bool = False
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sievert.bundle.errors import EngineError
+from sievert.bundle.manifest import Variant
 from sievert.bundle.store import Bundle
 from sievert.engines.run.base import ModelFile, Runtime
 
@@ -29,4 +30,9 @@ def find_model(bundle: Bundle, variant: str, graph: str, runtime: Runtime, lower
         name = bundle.engine_entry(variant, lowered_for or runtime.name, graph).lowered
     else:
         name = bundle.graph(graph, variant=variant).file
-    return ModelFile(bundle.file(name), bundle.manifest.files[name].sha256)
+    return ModelFile(bundle.file(name), bundle.manifest.files[name].sha256, float8=has_float8(bundle.variant(variant)))
+
+
+def has_float8(variant: Variant) -> bool:
+    """Whether weights of the variant are 8-bit floats."""
+    return variant.precision is not None and any(weight.dtype.startswith("float8") for weight in variant.precision.weights)

@@ -114,6 +114,10 @@ class OnnxRuntime:
         if self.profile:
             options.enable_profiling = True
             options.profile_file_prefix = self.profile
+        if model.float8:
+            # 1.31 fuses quantised operands into integer products whatever their type, and then refuses the graph. Without that it computes
+            # in float32 with exactly the values the quantisers round to.
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
         if model.content is not None:
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(model.path.parent))
         return options

@@ -19,7 +19,7 @@ from sievert.bundle.profile import Profile
 from sievert.bundle.store import Bundle
 from sievert.engines.run.base import Cache, ModelFile, Runtime, Session
 from sievert.engines.run.dtypes import Array
-from sievert.engines.run.files import find_model
+from sievert.engines.run.files import find_model, has_float8
 from sievert.engines.run.memory import Buffer, fixed_shape
 from sievert.engines.run.prompt import PromptBatch
 from sievert.engines.run.registry import find_runtime
@@ -85,13 +85,16 @@ class Pipeline:
         self.variant = bundle.variant(variant_name)
         self.geometry = bundle.manifest.geometry
         self.profile = self.variant.profile
+        if self.variant.precision is not None and self.variant.precision.random:
+            logger.warning("%s: its scales come from random data, and say nothing about the model in use", variant_name)
         self.runtime = find_runtime(engine) if isinstance(engine, str) else engine
         if graphs and not self.runtime.reads_onnx:
             raise EngineError(f"{self.runtime.name} runs engine files: graphs in memory run with the engine onnxruntime")
         self._sessions: dict[str, Session] = {}
         for graph in GRAPHS:
             if graph in graphs:
-                model = ModelFile(bundle.path / self.variant.graphs[graph].file, sha256_bytes(graphs[graph]), graphs[graph])
+                path, content = bundle.path / self.variant.graphs[graph].file, graphs[graph]
+                model = ModelFile(path, sha256_bytes(content), content, float8=has_float8(self.variant))
             else:
                 model = find_model(bundle, variant_name, graph, self.runtime, lowered_for)
             self._sessions[graph] = session = self.runtime.load(model)
