@@ -146,14 +146,14 @@ def do_pair(bundle: str, packed: str) -> str:
 
 
 def do_torch(checkpoint: str, dtype: str) -> str:
-    """The same prompt through the PyTorch model, loaded as transformers does by default; says what the process holds then."""
+    """A prompt of the same length through the PyTorch model, loaded as transformers does by default; says what the process holds then."""
     import torch
     from transformers import LlavaForConditionalGeneration
 
     loader: Any = LlavaForConditionalGeneration
     model = loader.from_pretrained(checkpoint, dtype=getattr(torch, dtype), local_files_only=True)
     with torch.inference_mode():
-        model.model.language_model(input_ids=torch.arange(5, 69)[None], use_cache=True)
+        model(input_ids=torch.ones(1, 576 + TEXT, dtype=torch.int64), use_cache=True, logits_to_keep=1)
     return json.dumps({name: kib / 2**20 for name, kib in _read_kib(Path("/proc/self/smaps_rollup")).items() if name in PSS})
 
 
@@ -319,7 +319,7 @@ def write_table(rows: Sequence[Row]) -> None:
         f"576 visual tokens, {TEXT} of text, IWP before layer {LAYER} at {KEEP}. Every line is one process, sampled from outside every",
         f"{INTERVAL_S * 1000:.0f} ms. *Anonymous* pages are the process's own; *resident* adds those of mapped files, which the system can",
         'drop and read again. Lines that say "held" are not peaks: they are taken after a run, and count a page that is mapped twice once.',
-        "Seconds depend on what else the machine does: processor seconds less than those on the clock.",
+        "Seconds depend on what else the machine does: processor seconds less than those on the clock. What is not here was not measured.",
         "",
         f"Code measured: `{code}`. Machine: {describe_machine()}; {_describe_memory()}.",
         "",
