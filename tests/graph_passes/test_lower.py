@@ -98,7 +98,7 @@ def test_stage_values_keep_their_names(tmp_path: Path):
 
 
 def test_an_unknown_target_is_refused(tmp_path: Path):
-    with pytest.raises(GraphError, match=r"'openvino': choose one of onnxruntime, tensorrt-rtx, tensorrt"):
+    with pytest.raises(GraphError, match=r"'openvino': choose one of onnxruntime, onnxruntime-cuda, tensorrt-rtx, tensorrt"):
         lower(MAKERS["decode"](Weights(tmp_path, "float32")), "openvino")  # type: ignore[arg-type]
 
 
