@@ -42,6 +42,8 @@ def test_every_number(tmp_path: Path):
         "visual_planes": 0,
         "images": 0,
         "film": None,
+        "two_way": "none",
+        "first_position": 0,
     }
 
 
