@@ -126,11 +126,13 @@ def choose_arms(bundle: Bundle, variants: Sequence[str], reference: Reference | 
 def load_bound(arm: Arm, runtime: Runtime) -> ModelFile | None:
     """The bound of a pruned variant, as its own prefill would be handed to the runtime; None where there is none, or nothing to run it.
 
+    A variant of another precision has none: its bound would have to be quantised as it is.
+
     Raises:
         PlanError, GraphError: as for the variant itself.
     """
     variant = arm.bundle.variant(arm.variant)
-    if not variant.plan.stages or not runtime.reads_onnx:
+    if not variant.plan.stages or variant.precision is not None or not runtime.reads_onnx:
         return None
     import onnx_ir as ir
 

@@ -28,9 +28,10 @@ _PROMPT = ("vision_encoder", "embed_tokens", "prefill")
 class Speed:
     """One variant on one engine. Times are medians over the rounds, in milliseconds, of a whole batch.
 
-    ``bound_ms`` is prefill with the kept tokens given (0 where nothing is cut, or the engine reads no ONNX); ``decode_ms`` one token of
-    every slot; ``first_token_ms`` vision, embedding and prefill together; ``tokens_per_s`` of all slots together. ``ratios``: ``prefill``,
-    ``decode`` and ``first token`` over the variant ``against``, and ``selecting``, prefill over its bound. ``parts``: what each part of
+    ``bound_ms`` is prefill with the kept tokens given (0 where nothing is cut, of a quantised variant, or the engine reads no ONNX);
+    ``decode_ms`` one token of every slot; ``first_token_ms`` vision, embedding and prefill together; ``tokens_per_s`` of all slots
+    together. ``ratios``: ``prefill``, ``decode`` and ``first token`` over the variant ``against``, and ``selecting``, prefill over
+    its bound. ``parts``: what each part of
     prefill takes by the engine's own profiler, where that was asked for.
     """
 

@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 
 import sievert as package
+from sievert.bench_arms import Arm, load_bound
 from sievert.bundle.errors import EngineError
+from sievert.bundle.manifest import Precision
 from sievert.bundle.names import MANIFEST
 from sievert.bundle.store import Bundle
 from sievert.engines.run.footprint import measure_footprint
+from sievert.engines.run.ort import OnnxRuntime
 from tests.api.conftest import content, sievert
 from tests.api.test_bad_input import refused
 
@@ -93,6 +96,15 @@ def test_a_bundle_of_another_model_is_refused(shared: Path, bundle: Path):
     assert '"max_positions": 512' in text
     manifest.write_text(text.replace('"max_positions": 512', '"max_positions": 1024'))
     refused("bench", shared, *FEW, "--against", bundle, says="is a bundle of another model (max_positions 512 and 1024)")
+
+
+def test_a_quantised_variant_has_no_bound(shared: Path):
+    opened = Bundle.open(shared)
+    runtime = OnnxRuntime()
+    assert load_bound(Arm(opened, "iwp-22", "iwp-22"), runtime) is not None and load_bound(Arm(opened, "full", "full"), runtime) is None
+    quantised = opened.variant("iwp-22").model_copy(update={"precision": Precision(base="iwp-22", format="int8")})
+    listed = opened.manifest.model_copy(update={"variants": {"iwp-22": quantised}})
+    assert load_bound(Arm(Bundle(opened.path, listed), "iwp-22", "iwp-22"), runtime) is None
 
 
 def test_a_process_that_fails_is_heard(shared: Path):
