@@ -250,7 +250,7 @@ def test_accuracy_is_relative_to_the_unpruned_model(shared: Path, data: Path, tm
         line["answer"] = answer if number % 2 and normalise(answer) else "something else"
     given = tmp_path / "answered.jsonl"
     given.write_text("\n".join(json.dumps(line) for line in lines) + "\n")
-    options: dict[str, Any] = {"selectors": ["iwp"], "layers": [2], "keeps": ["75%"], "options": False, "max_new_tokens": 1}
+    options: dict[str, Any] = {"selectors": ["iwp"], "layers": [1], "keeps": ["25%"], "options": False, "max_new_tokens": 1}
     found = package.tune(shared, given, target="1%", out=tmp_path / "o", **options)
     assert found.task.split.metric == "accuracy"
     trial = found.result.found.trials[0]
