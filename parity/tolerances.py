@@ -59,8 +59,8 @@ TOLERANCES: Mapping[str, Tolerances] = {
     ),
     **{
         # About twice the largest error seen on a few samples of the shipped model and of small random ones; int4's on small ones only.
-        # Weights: a channel's largest value is up to 12 times its root mean square, so half a step of 127 is 2 % of it, and a step that is wrong by
-        # a tenth is seen; of 8-bit floats the rounding is at most a sixteenth of each value.
+        # Weights: a channel's largest value is up to 12 times its root mean square, so half a step of 127 is 2 % of it, and a step that is
+        # wrong by a tenth is seen; of 8-bit floats the rounding is at most a sixteenth of each value.
         form: Tolerances(
             vision=0.15, embeddings=0.15, residual=0.15, scores=0.15, cache=0.3, logits=0.4, selection=Margin(0.1, 0.1), weights=weights
         )
