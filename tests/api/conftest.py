@@ -37,6 +37,14 @@ class Outcome:
 Sievert = Callable[..., Outcome]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_width() -> Iterator[None]:
+    """Tables are as wide as in a log, whatever width the process that runs the tests was given (pytest-xdist sets one)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("COLUMNS", raising=False)
+        yield
+
+
 @contextlib.contextmanager
 def unchanged_process() -> Iterator[None]:
     """Put back what a command configures for its process, also where a fixture of the whole session runs one."""
