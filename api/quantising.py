@@ -67,6 +67,7 @@ def quantise(
     """
     from sievert.calibration.collection import load_collection
     from sievert.calibration.narrow import KINDS, narrow_variant
+    from sievert.calibration.place import default_place
     from sievert.calibration.quantise import make_recipe, quantise_variant, require_plain
     from sievert.calibration.sensitivity import read_worst
 
@@ -93,7 +94,7 @@ def quantise(
     require_plain(opened, variant)
     data = None
     if recipe.format.activations:
-        folder = collection if str(collection) else opened.path.with_name(f"{opened.path.name}-calibration")
+        folder = collection if str(collection) else default_place(opened)
         data = load_collection(folder, opened, progress=progress)
     command = f"quantise {chosen} from {variant} ({format})"
     if sixteen and data is not None:

@@ -36,6 +36,7 @@ def ranges(
     """
     from sievert.calibration.collection import load_collection
     from sievert.calibration.formats import find_format
+    from sievert.calibration.place import default_place
     from sievert.calibration.ranges import measure_ranges
     from sievert.graph_passes.lowering.targets import TARGETS
 
@@ -47,7 +48,7 @@ def ranges(
         raise CalibrationError(f"chunk_mib={chunk_mib}: give at least 1")
     progress("checking the bundle")
     opened = Bundle.open(bundle)
-    folder = collection if str(collection) else opened.path.with_name(f"{opened.path.name}-calibration")
+    folder = collection if str(collection) else default_place(opened)
     loaded = load_collection(folder, opened, progress=progress)
     name = variant or loaded.info.variant
     return measure_ranges(loaded, name, dtype=dtype, lowered_for=target or "", chunk_bytes=chunk_mib << 20, progress=progress)

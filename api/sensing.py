@@ -42,6 +42,7 @@ def sensitivity(
         BundleError: the bundle is not what its manifest says.
     """
     from sievert.calibration.collection import load_collection
+    from sievert.calibration.place import default_place
     from sievert.calibration.quantise import make_recipe
     from sievert.calibration.sensitivity import measure_sensitivity
 
@@ -50,6 +51,6 @@ def sensitivity(
     recipe = make_recipe(format, calibration=calibration, percentile=percentile, block=block)
     progress("checking the bundle")
     opened = Bundle.open(bundle)
-    folder = collection if str(collection) else opened.path.with_name(f"{opened.path.name}-calibration")
+    folder = collection if str(collection) else default_place(opened)
     loaded = load_collection(folder, opened, progress=progress)
     return measure_sensitivity(loaded, variant or loaded.info.variant, recipe, samples=samples, random=random, progress=progress)

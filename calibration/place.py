@@ -16,13 +16,18 @@ from sievert.bundle.writer import writing
 from sievert.calibration.record import NAME
 
 
+def default_place(bundle: Bundle) -> Path:
+    """``BUNDLE-calibration`` beside the bundle: where a collection is written, and looked for, if nothing else is said."""
+    return bundle.path.with_name(f"{bundle.path.name}-calibration")
+
+
 def choose_place(bundle: Bundle, out: str | Path, *, force: bool) -> Path:
-    """The folder for a collection: ``out``, or ``BUNDLE-calibration`` beside the bundle.
+    """The folder for a collection: ``out``, or :func:`default_place`.
 
     Raises:
         CalibrationError: it lies inside the bundle, is a file, holds something else, or a collection that ``force`` does not replace.
     """
-    place = Path(out).expanduser().resolve() if str(out) else bundle.path.with_name(f"{bundle.path.name}-calibration")
+    place = Path(out).expanduser().resolve() if str(out) else default_place(bundle)
     if place == bundle.path or bundle.path in place.parents:
         raise CalibrationError(f"{place} lies inside the bundle, which holds nothing but the bundle: choose another folder with --out")
     _require_free(place, force=force)
