@@ -18,6 +18,7 @@ from onnx.shape_inference import InferenceError
 from sievert.bundle.errors import GraphError
 from sievert.graph_passes.lowering.blocks import SplitCausalAttention
 from sievert.graph_passes.lowering.decompose import DecomposeAttention
+from sievert.graph_passes.lowering.one_row import FlattenBiased, GroupQueryHeads, MergeReshapes
 from sievert.graph_passes.lowering.simple import CumSumInFloat, DropSoftmaxPrecision
 from sievert.graph_passes.lowering.targets import TARGETS, Target
 
@@ -34,7 +35,7 @@ PASSES: Final[Mapping[Target, tuple[ir.passes.InPlacePass, ...]]] = MappingProxy
     {
         # Both take the contract's operators as they are. The CPU's kernel computes all scores of a causal attention, a fused one on a GPU
         # does not. bfloat16 has few kernels on the CPU, which lint says.
-        "onnxruntime": (SplitCausalAttention(),),
+        "onnxruntime": (SplitCausalAttention(), GroupQueryHeads(), FlattenBiased(), MergeReshapes()),  # the last merges what others add
         "onnxruntime-cuda": (),
         "tensorrt-rtx": _TENSORRT,
         "tensorrt": (*_TENSORRT, CumSumInFloat()),
