@@ -10,7 +10,7 @@ EXTRAS ?= cpu,tensorrt-rtx,dev
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed.stamp
 
-.PHONY: help demo test test-all lint types links tables accuracy agreement families memory precision sequential tuning performance clean
+.PHONY: help demo test test-all lint types links tables accuracy agreement families memory precision sequential tuning performance gpu clean
 
 help:
 	@echo "make demo      export, prune, build, check and ask the shipped model"
@@ -27,6 +27,7 @@ help:
 	@echo "make sequential what selectors that choose one by one cost"
 	@echo "make tuning    what the search of the pruning budget finds on the shipped model (long)"
 	@echo "make performance prefill, decode and selecting against their limits (long)"
+	@echo "make gpu       engines on this machine's GPU against PyTorch: gpu.json (long; not yet run by this project)"
 	@echo "make tables    whether the committed tables still measure this code"
 	@echo "make clean     remove the environment and the caches"
 
@@ -77,6 +78,10 @@ tuning: $(STAMP)
 
 performance: $(STAMP)
 	$(BIN)/python benchmarks/performance.py
+
+# The engines of a GPU have extras of their own: make gpu VENV=.venv-gpu EXTRAS=gpu,tensorrt-rtx,dev
+gpu: $(STAMP)
+	$(BIN)/python benchmarks/gpu.py --out gpu.json $(GPU_ARGS)
 
 # PyTorch goes in first: the pin decides its build once, and nothing later can swap it. setuptools comes with it, so that our own
 # build takes the pinned one instead of fetching another.

@@ -196,6 +196,10 @@ Prompts = Annotated[
     Option("--prompt", metavar="TEXT", help="A question; may be repeated: the images are looked at once.", show_default=False),
 ]
 OneVariant = Annotated[str, Option("--variant", metavar="NAME", help="Default: the only pruned one.", show_default=False)]
+LowMemory = Annotated[
+    bool,
+    Option("--low-memory", help="ONNX Runtime on the CPU holds the weights once, not in each graph; the price: docs/bench.md."),
+]
 Engine = Annotated[str, Option("--engine", metavar="NAME", help="What runs it.")]
 Limit = Annotated[
     int | None, Option("--max-new-tokens", metavar="N", help="Default: what the variant has room for.", rich_help_panel=_CHOICE)

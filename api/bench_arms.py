@@ -146,7 +146,7 @@ def load_bound(arm: Arm, runtime: Runtime) -> ModelFile | None:
     return ModelFile(arm.bundle.path / f"{arm.variant}.bound.onnx", sha256_bytes(content), content)
 
 
-def time_parts(arm: Arm, model: ModelFile) -> dict[str, float]:
+def time_parts(arm: Arm, model: ModelFile, *, low_memory: bool = False) -> dict[str, float]:
     """Milliseconds of each layer, selector and the head in one prefill, by ONNX Runtime's profiler; in the order in which they begin."""
     import onnx_ir as ir
 
@@ -156,7 +156,7 @@ def time_parts(arm: Arm, model: ModelFile) -> dict[str, float]:
 
     parts = name_parts(ir.load(model.path), arm.bundle.variant(arm.variant).plan)
     spent: dict[str, float] = {}
-    for node in profile_graph(OnnxRuntime(), model, arm.bundle.manifest.geometry, arm.profile, runs=_PROFILE_RUNS):
+    for node in profile_graph(OnnxRuntime(prepack=not low_memory), model, arm.bundle.manifest.geometry, arm.profile, runs=_PROFILE_RUNS):
         part = find_part(parts, node.node)
         spent[part] = spent.get(part, 0.0) + node.ms
     return spent

@@ -63,6 +63,7 @@ class Benchmark:
     machine: Machine
     rounds: int
     tokens: int
+    low_memory: bool
     speeds: tuple[Speed, ...]
     skipped: Mapping[str, str]
 
@@ -76,6 +77,7 @@ def bench(
     rounds: int = 15,
     tokens: int = 8,
     profile: bool = False,
+    low_memory: bool = False,
     progress: Progress = silent,
 ) -> Benchmark:
     """Time ``variants`` (all, if none is named) on ``engines`` (all that the bundle has and that run here), with made-up inputs.
@@ -83,7 +85,7 @@ def bench(
     Ratios are over ``against``: a variant's name (``full`` where there is one and nothing is said), or another bundle of the same model,
     whose variants of the same names are then measured too. Every round runs every graph once, and decode ``tokens`` times, in another
     order; all variants are loaded at once, prefill and decode one after the other. Memory is what a process of its own takes. ``profile``
-    also attributes prefill to its parts, with ONNX Runtime's profiler.
+    also attributes prefill to its parts, with ONNX Runtime's profiler. ``low_memory``: see :func:`find_runtime`; no other engine is taken.
 
     Raises:
         InputError: too few rounds or tokens, an unknown engine, ``against`` a bundle of another model.
@@ -99,14 +101,15 @@ def bench(
     progress("reading the bundle")
     opened = Bundle.open(bundle)
     reference = find_reference(opened, against)
-    chosen, skipped = _choose_engines(opened, variants, engines)
+    chosen, skipped = _choose_engines(opened, variants, engines or (["onnxruntime"] if low_memory else []))
     if profile and (other := [name for name in chosen if name != "onnxruntime"]) and engines:
         raise EngineError(f"no profile of {', '.join(other)}: only onnxruntime's profiler is read; leave --profile or that engine out")
     speeds: list[Speed] = []
     arms = choose_arms(opened, variants, reference)
     for engine in chosen:
-        speeds += _measure(opened, arms, reference, find_runtime(engine), rounds, tokens, profile and engine == "onnxruntime", progress)
-    return Benchmark(opened.path, describe_machine(), rounds, tokens, tuple(speeds), skipped)
+        runtime = find_runtime(engine, low_memory=low_memory)
+        speeds += _measure(opened, arms, reference, runtime, rounds, tokens, profile and engine == "onnxruntime", low_memory, progress)
+    return Benchmark(opened.path, describe_machine(), rounds, tokens, low_memory, tuple(speeds), skipped)
 
 
 def describe(found: Benchmark) -> dict[str, Any]:
@@ -116,6 +119,7 @@ def describe(found: Benchmark) -> dict[str, Any]:
         "machine": asdict(found.machine),
         "rounds": found.rounds,
         "tokens": found.tokens,
+        "low_memory": found.low_memory,
         "skipped": dict(found.skipped),
         "variants": [
             {**asdict(speed), "plan": speed.plan.model_dump(mode="json"), "profile": speed.profile.model_dump(mode="json")}
@@ -148,6 +152,7 @@ def _measure(
     rounds: int,
     tokens: int,
     profile: bool,
+    low_memory: bool,
     progress: Progress,
 ) -> list[Speed]:
     """Time all arms on one engine."""
@@ -156,11 +161,11 @@ def _measure(
     speeds = []
     for arm in arms:
         progress(f"memory on {runtime.name}: {arm.name}")
-        footprint = measure_footprint(arm.bundle.path, arm.variant, runtime.name)
+        footprint = measure_footprint(arm.bundle.path, arm.variant, runtime.name, low_memory=low_memory)
         parts = {}
         if profile:
             progress(f"profile on {runtime.name}: {arm.name}")
-            parts = time_parts(arm, find_model(arm.bundle, arm.variant, "prefill", runtime, ""))
+            parts = time_parts(arm, find_model(arm.bundle, arm.variant, "prefill", runtime, ""), low_memory=low_memory)
         times = {**prompt[arm], "decode": decode[arm]}
         other = arm.against(reference, arms)
         own = other is None or other == arm

@@ -85,13 +85,15 @@ def check(
     model: str | Path = "",
     tokens: Size = "auto",
     template: bool = True,
+    low_memory: bool = False,
     progress: Progress = silent,
 ) -> Checked:
     """Compare engines with the model they came from, stage by stage.
 
     No ``variants`` means all, no ``engines`` all that were built. ``data`` is a file of lines ``{"image": ..., "prompt": ...}``, image
     paths relative to it; without it samples are made up. ``samples`` ``auto`` is all lines of ``data``, or 8 made-up ones. ``model``
-    is where the checkpoint is now, if not where the bundle says. ``tokens`` are fed to both sides after each prompt.
+    is where the checkpoint is now, if not where the bundle says. ``tokens`` are fed to both sides after each prompt. ``low_memory`` is how
+    ONNX Runtime runs: see :func:`find_runtime`.
 
     Raises:
         InputError: an engine that does not exist, data or a model that cannot be used.
@@ -123,7 +125,14 @@ def check(
             return check_unavailable(opened, variant, engine, lowered_for=lowered_for)
         what = f"checking {variant} on {engine}" + (f", files for {lowered_for}" if lowered_for else "")
         return check_against(
-            reference, opened, variant, engine, lowered_for=lowered_for, progress=lambda part: progress(f"{what}: {part}"), **options
+            reference,
+            opened,
+            variant,
+            engine,
+            lowered_for=lowered_for,
+            low_memory=low_memory and engine == ONNX,
+            progress=lambda part: progress(f"{what}: {part}"),
+            **options,
         )
 
     outcomes = []

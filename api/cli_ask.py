@@ -25,6 +25,7 @@ def check(
     tokens: a.Tokens = None,
     raw_prompt: a.RawPrompt = False,
     model: a.Checkpoint = "",
+    low_memory: a.LowMemory = False,
     strict: a.Strict = False,
     report: a.JsonFile = None,
 ) -> None:
@@ -48,6 +49,7 @@ def check(
             model=model,
             tokens="auto" if tokens is None else tokens,
             template=not raw_prompt,
+            low_memory=low_memory,
             progress=progress,
         )
     for outcome in checked.outcomes:
@@ -74,6 +76,7 @@ def run(
     fps: a.FramesPerSecond = None,
     variant: a.OneVariant = "",
     engine: a.Engine = "onnxruntime",
+    low_memory: a.LowMemory = False,
     max_new_tokens: a.Limit = None,
     temperature: a.Temperature = 0.0,
     top_p: a.TopP = 1.0,
@@ -103,6 +106,7 @@ def run(
             prompt,
             variant=variant,
             engine=engine,
+            low_memory=low_memory,
             max_new_tokens="auto" if max_new_tokens is None else max_new_tokens,
             temperature=temperature,
             top_p=top_p,

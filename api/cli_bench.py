@@ -19,6 +19,7 @@ def bench(
     rounds: m.Rounds = 15,
     tokens: m.BenchTokens = 8,
     profile: m.Profiled = False,
+    low_memory: a.LowMemory = False,
     report: a.JsonFile = None,
 ) -> None:
     """Time a bundle's variants on this machine: vision, prefill, decode, memory, with ratios from interleaved rounds.
@@ -41,6 +42,7 @@ def bench(
             rounds=rounds,
             tokens=tokens,
             profile=profile,
+            low_memory=low_memory,
             progress=progress,
         )
     if report is not None:

@@ -19,6 +19,7 @@ from sievert.calibration.identity import identify_graphs
 from sievert.calibration.json_lines import writing
 from sievert.calibration.questions import Question, Questions, check_questions, read_questions
 from sievert.diagnosing import find_memory_gib
+from sievert.engines.run.base import Runtime
 from sievert.engines.run.files import find_model
 from sievert.engines.run.generate import generate
 from sievert.engines.run.pipeline import GRAPHS, Features, Pipeline
@@ -52,7 +53,8 @@ class _Work:
     """What is asked of whom. ``made`` is the identity of each variant."""
 
     bundle: Bundle
-    engine: str
+    runtime: Runtime
+    low_memory: bool
     made: Mapping[str, str]
     questions: Questions
     template: bool
@@ -68,6 +70,7 @@ def evaluate(
     *,
     variants: Sequence[str] = (),
     engine: str = "onnxruntime",
+    low_memory: bool = False,
     max_new_tokens: Size = "auto",
     out: str | Path = "",
     samples: Size = "auto",
@@ -81,6 +84,7 @@ def evaluate(
     relative to it; ``answer`` is a text or a list of accepted ones, and may be missing. ``samples`` takes only the first lines.
     ``max_new_tokens`` ``auto`` is what all these variants have room for. Answers are kept in the folder ``out`` (``BUNDLE-eval`` beside
     the bundle), each with all that it depends on: a call asks only what is not answered there, and scores by the data as it is now.
+    ``low_memory``: see :func:`find_runtime`.
 
     Raises:
         InputError, ImageError, PromptError: data that cannot be used, with its line; an ``out`` that holds something else.
@@ -89,7 +93,8 @@ def evaluate(
         EngineUnavailableError: the engine cannot run on this machine.
         BundleError: the bundle is not what its manifest says, or another process writes to ``out``.
     """
-    if reason := find_runtime(engine).unavailable():
+    runtime = find_runtime(engine, low_memory=low_memory)
+    if reason := runtime.unavailable():
         raise EngineUnavailableError(reason)
     progress("reading the questions")
     if samples != "auto" and samples < 1:
@@ -98,15 +103,15 @@ def evaluate(
     progress("checking the bundle")
     opened = Bundle.open(bundle)
     names = choose_variants(opened, variants)
-    made = {name: identify(opened, name, engine) for name in names}
-    work = _Work(opened, engine, made, questions, template, choose_limit(opened, names, max_new_tokens))
+    made = {name: identify(opened, name, runtime) for name in names}
+    work = _Work(opened, runtime, low_memory, made, questions, template, choose_limit(opened, names, max_new_tokens))
     place = check_place(opened, Path(out) if str(out) else opened.path.with_name(f"{opened.path.name}-eval"))
     count = len(questions.questions)
     check_questions(
         questions, opened, names, template=template, tell=lambda done: progress(f"checking images and prompts: {done} of {count}")
     )
     progress("")
-    settings = {"engine": engine, "max_new_tokens": work.limit, "template": template}
+    settings = {"engine": engine, "max_new_tokens": work.limit, "template": template, **({"low_memory": True} if low_memory else {})}
     with _holding(place):
         journal = Journal(place, settings)
         _answer_all(work, journal, on_count)
@@ -135,13 +140,12 @@ def choose_variants(bundle: Bundle, asked: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys([FULL, *(name for name, count in counts.items() if count == images)]))
 
 
-def identify(bundle: Bundle, variant: str, engine: str) -> str:
+def identify(bundle: Bundle, variant: str, runtime: Runtime) -> str:
     """A hash of everything a variant's answers depend on: what is run, the weights, the processor and the tokenizer.
 
     Raises:
         VariantError: no such variant, or it has no such engine.
     """
-    runtime = find_runtime(engine)
     return identify_graphs(bundle, {graph: find_model(bundle, variant, graph, runtime, "").sha256 for graph in GRAPHS})
 
 
@@ -182,7 +186,7 @@ def _answer_all(work: _Work, journal: Journal, on_count: OnCount) -> None:
         profile = work.profile(group[0])
         prompter = Prompter(work.bundle.path, work.bundle.manifest.geometry, profile)
         with contextlib.ExitStack() as loaded:
-            pipelines = {name: loaded.enter_context(Pipeline(work.bundle, name, work.engine)) for name in waiting}
+            pipelines = {name: loaded.enter_context(Pipeline(work.bundle, name, work.runtime)) for name in waiting}
             for start in range(0, len(left), profile.batch):
                 for new in _answer_batch(work, prompter, left[start : start + profile.batch], pipelines, journal):
                     on_count(done := done + new, total)
@@ -209,11 +213,12 @@ def _answer_batch(
 def _group(work: _Work) -> list[list[str]]:
     """Variants that are loaded together, so that each picture is prepared and looked at once: those of one batch and prompt length.
 
-    Each one holds the weights up to twice, for prefill and decode. Where all of them would take more than half of the memory, or it is a
-    GPU's, they go one after the other.
+    Each one holds the weights up to twice, for prefill and decode; with low memory all of them hold them once. Where that would take more
+    than half of the memory, or it is a GPU's, they go one after the other.
     """
     weights = work.bundle.manifest.files[work.bundle.manifest.weights_file].bytes
-    if work.engine != "onnxruntime" or 2 * weights * len(work.made) > find_memory_gib() * 2**30 / 2:
+    held = weights if work.low_memory else 2 * weights * len(work.made)
+    if work.runtime.name != "onnxruntime" or held > find_memory_gib() * 2**30 / 2:
         return [[name] for name in work.made]
     groups: dict[tuple[int, int], list[str]] = {}
     for name in work.made:

@@ -20,6 +20,7 @@ from sievert.engines.run.dtypes import Array
 from sievert.engines.run.generate import Finish, stream
 from sievert.engines.run.pipeline import Features, Pipeline, PrefillResult
 from sievert.engines.run.prompt import Pictures, PromptBatch, Prompter, load_processor
+from sievert.engines.run.registry import find_runtime
 from sievert.engines.run.sampling import Sampling
 from sievert.progress import Progress, Size, silent
 
@@ -64,6 +65,7 @@ def run(
     *,
     variant: str = "",
     engine: str = "onnxruntime",
+    low_memory: bool = False,
     max_new_tokens: Size = "auto",
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -77,7 +79,7 @@ def run(
 
     An empty ``variant`` means the only pruned one, or ``full`` where there is none. ``max_new_tokens`` ``auto`` is what the variant
     has room for. Without ``template`` a prompt is the model's whole input, with an image token where each image belongs (in front, if it
-    has none). ``temperature`` 0 takes the likeliest token.
+    has none). ``temperature`` 0 takes the likeliest token. ``low_memory``: see :func:`~sievert.engines.run.registry.find_runtime`.
 
     Raises:
         ImageError, PromptError, ProfileError, InputError: what was given cannot be used.
@@ -98,7 +100,7 @@ def run(
     ]
     limit = profile.max_new_tokens if max_new_tokens == "auto" else max_new_tokens
     progress("loading the engine")
-    with Watched(opened, name, engine) as pipeline:
+    with Watched(opened, name, find_runtime(engine, low_memory=low_memory)) as pipeline:
         progress("looking at the image" if profile.images == 1 else "looking at the images")
         start = time.perf_counter()
         features = pipeline.encode(batches[0].pixel_values)

@@ -36,6 +36,8 @@ def lines(found: Benchmark) -> list[str]:
         f"[dim]{escape(where)}. Medians of {found.rounds} interleaved rounds, {found.tokens} tokens decoded in each; times are of a whole "
         "batch; ratios with the 95 % interval of the sign test. Bound: prefill with the kept tokens given.[/]"
     ]
+    if found.low_memory:
+        said.append("With --low-memory: all graphs read the weights of one mapped file")
     said += [f"{engine} was not measured: {escape(reason)}" for engine, reason in found.skipped.items()]
     if found.rounds < 15:
         said.append(f"{found.rounds} rounds are few: the intervals are wide")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -40,9 +40,12 @@ SHAPES: Final = {
 }
 
 
-def make_checkpoint(shape: Shape, folder: Path) -> None:
-    """A LLaVA of 576 visual tokens with a Qwen2 decoder of this shape, tied head, behind a narrow tower of three layers."""
-    make_tiny_llava(folder, decoder="qwen2", layers=1, image_size=336, patch=14, tied=True)
+def make_checkpoint(shape: Shape, folder: Path, *, vision: Mapping[str, Any] = {}) -> None:
+    """A LLaVA of 576 visual tokens with a Qwen2 decoder of this shape, tied head, behind a narrow tower of three layers.
+
+    ``vision`` overrides fields of the tower's config.
+    """
+    make_tiny_llava(folder, decoder="qwen2", layers=1, image_size=336, patch=14, tied=True, vision=vision)
     (folder / "model.safetensors").unlink()
     config: Any = LlavaConfig.from_pretrained(folder)
     config.text_config = AutoConfig.for_model(

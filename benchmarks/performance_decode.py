@@ -33,7 +33,7 @@ def decode_rows(case: Case) -> list[Row]:
     stream, streamed = peers.measure_stream(case.threads)
     with tempfile.TemporaryDirectory() as folder:
         arms = {
-            "ours": _steps(reference.load("full", "decode")),
+            "ours": run_steps(reference.load("full", "decode")),
             "torch": peers.run_torch_decode(model, length, NEW, TOKENS),
             "export": peers.export_own_decode(model, length, NEW, Path(folder), case.threads, TOKENS),
             "stream": stream,
@@ -62,7 +62,7 @@ def cache_rows(case: Case) -> list[Row]:
             "full": make_decode(reference, Plan(), profile),
             "pruned": make_decode(reference, plan, profile),
         }
-        arms = {name: _steps(reference.load_model(graph, f"{name}.decode", profile)) for name, graph in graphs.items()}
+        arms = {name: run_steps(reference.load_model(graph, f"{name}.decode", profile)) for name, graph in graphs.items()}
         seconds = case.take_turns(arms)
         roofline = count_bytes(graphs["pruned"]) / count_bytes(graphs["full"])
         what = f"decode pruned to {KEEPS[-1]} over unpruned, {visual} visual tokens"
@@ -88,7 +88,9 @@ def count_bytes(decode: ir.Model) -> int:
     return moved
 
 
-def _steps(graph: Alone) -> Callable[[], None]:
+def run_steps(graph: Alone) -> Callable[[], None]:
+    """``TOKENS`` steps of decode after a full prompt."""
+
     def run() -> None:
         for step in range(TOKENS):
             graph.run(step)

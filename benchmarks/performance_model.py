@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 import onnx_ir as ir
 
 import sievert
+from sievert.bundle.files import sha256_bytes
 from sievert.bundle.plan import Plan, Stage
 from sievert.bundle.profile import Profile
 from sievert.bundle.store import Bundle
+from sievert.engines.build.builders import find_builder
+from sievert.engines.build.process import build_engine
 from sievert.engines.run.alone import Alone
-from sievert.engines.run.base import ModelFile
+from sievert.engines.run.base import ModelFile, Runtime
 from sievert.engines.run.files import find_model
 from sievert.engines.run.ort import OnnxRuntime
 from sievert.graph_passes.expose import to_bytes
@@ -34,12 +37,7 @@ class Reference:
 
     checkpoint: Path
     bundle: Bundle
-    threads: int
-
-    @property
-    def runtime(self) -> OnnxRuntime:
-        """ONNX Runtime with as many threads as everything else of the benchmark."""
-        return OnnxRuntime(threads=self.threads)
+    runtime: Runtime
 
     @property
     def profile(self) -> Profile:
@@ -51,9 +49,20 @@ class Reference:
         return self._alone(find_model(self.bundle, variant, graph, self.runtime, ""), self.profile)
 
     def load_model(self, model: ir.Model, name: str, profile: Profile) -> Alone:
-        """A graph that is nowhere on disk, lowered for ONNX Runtime; its weights are the bundle's."""
-        content = to_bytes(lower(model, RUNTIME_NAME))
-        return self._alone(ModelFile(self.bundle.path / f"{name}.onnx", "", content), profile)
+        """A graph that is no variant's, lowered for the runtime, and built where it runs engines; its weights are the bundle's."""
+        builder = find_builder(self.runtime.name)
+        content = to_bytes(lower(model, builder.target))
+        path = self.bundle.path / f"{name}.onnx"
+        if builder.module is None:
+            return self._alone(ModelFile(path, sha256_bytes(content), content), profile)
+        engine = path.with_suffix(".engine")
+        try:
+            path.write_bytes(content)
+            build_engine(builder.module, path, engine)
+            return self._alone(ModelFile(engine, sha256_bytes(engine.read_bytes())), profile)
+        finally:  # each engine holds the weights
+            path.unlink(missing_ok=True)
+            engine.unlink(missing_ok=True)
 
     def _alone(self, file: ModelFile, profile: Profile) -> Alone:
         return Alone(self.runtime.load(file), self.bundle.manifest.geometry, profile)
@@ -101,10 +110,14 @@ def make_reference(folder: Path, *, layers: int, vocabulary: int, threads: int, 
         tied=True,
         text={"intermediate_size": 4864, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
     )
-    layer = min(LAYER, layers - 1)
     bundle = folder / "bundle"
-    sievert.export(checkpoint, bundle, cuts=(), max_text=TEXT, max_new_tokens=NEW, force=bundle.exists())
-    for keep in KEEPS:
-        sievert.prune(bundle, cuts=(sievert.Cut(layer=layer, keep=keep),), name=name_of(keep))
+    make_variants(checkpoint, bundle, layers=layers)
     sievert.build(bundle, engines=[RUNTIME_NAME])
-    return Reference(checkpoint, Bundle.open(bundle), threads)
+    return Reference(checkpoint, Bundle.open(bundle), OnnxRuntime(threads=threads))
+
+
+def make_variants(checkpoint: Path, bundle: Path, *, layers: int, dtype: Literal["float32", "float16"] = "float32") -> None:
+    """``full`` and one pruned variant for each of ``KEEPS``, without engines."""
+    sievert.export(checkpoint, bundle, cuts=(), dtype=dtype, max_text=TEXT, max_new_tokens=NEW, force=bundle.exists())
+    for keep in KEEPS:
+        sievert.prune(bundle, cuts=(sievert.Cut(layer=min(LAYER, layers - 1), keep=keep),), name=name_of(keep))

@@ -19,25 +19,40 @@ _FLOAT: Final = TensorProto.FLOAT
 Run = Callable[[], object]
 
 
-def load_torch(checkpoint: Path, threads: int) -> Any:
-    """The decoder with its head as transformers loads it: float32, scaled dot product attention."""
+def load_torch(checkpoint: Path, threads: int, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
+    """The model as transformers loads it, with scaled dot product attention."""
     from transformers import LlavaForConditionalGeneration
 
     torch.set_num_threads(threads)
     models: Any = LlavaForConditionalGeneration  # it has no types
-    return models.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="sdpa").eval()
+    return models.from_pretrained(checkpoint, dtype=dtype, attn_implementation="sdpa").to(device).eval()
 
 
 def run_torch(model: Any, rows: int) -> Run:
-    """Prefill of ``rows`` rows with a cache, one row of logits."""
-    embeds = torch.randn(1, rows, model.config.text_config.hidden_size, generator=torch.Generator().manual_seed(0))
+    """Prefill of ``rows`` rows with a cache, one row of logits, which the host gets, as from our engines."""
+    embeds = _noise(model, 1, rows, model.config.text_config.hidden_size)
 
     def run() -> object:
         with torch.inference_mode():
             hidden = model.model.language_model(inputs_embeds=embeds, use_cache=True).last_hidden_state
-            return model.lm_head(hidden[:, -1])
+            return model.lm_head(hidden[:, -1]).float().cpu()
 
     return run
+
+
+def run_torch_vision(model: Any, picture: tuple[int, ...]) -> Run:
+    """The features of one picture ``[C, H, W]``, which the host gets."""
+    pixels = _noise(model, 1, *picture)
+
+    def run() -> object:
+        with torch.inference_mode():
+            return [each.cpu() for each in model.model.get_image_features(pixel_values=pixels).pooler_output]
+
+    return run
+
+
+def _noise(model: Any, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(model.device, model.dtype)
 
 
 @contextmanager
@@ -63,7 +78,7 @@ def pruning_hooks(model: Any, layer: int, kept: torch.Tensor) -> Iterator[None]:
 
 def run_torch_pruned(model: Any, rows: int, layer: int, visual: int, keep: int) -> Run:
     """:func:`run_torch` with hooks that drop all but ``keep`` of the ``visual`` rows from row 4 on."""
-    kept = torch.cat([torch.arange(4), 4 + torch.linspace(0, visual - 1, keep).long(), torch.arange(4 + visual, rows)])
+    kept = torch.cat([torch.arange(4), 4 + torch.linspace(0, visual - 1, keep).long(), torch.arange(4 + visual, rows)]).to(model.device)
     plain = run_torch(model, rows)
 
     def run() -> object:
@@ -79,9 +94,9 @@ def run_torch_decode(model: Any, rows: int, room: int, tokens: int) -> Run:
 
     language = model.model.language_model
     cache: Any = StaticCache(config=model.config.text_config, max_cache_len=rows + room)
-    token = torch.zeros(1, 1, dtype=torch.long)
+    token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     with torch.inference_mode():
-        language(inputs_embeds=torch.randn(1, rows, language.config.hidden_size), past_key_values=cache, use_cache=True)
+        language(inputs_embeds=_noise(model, 1, rows, language.config.hidden_size), past_key_values=cache, use_cache=True)
 
     def run() -> object:
         for layer in cache.layers:  # what is behind the prompt is masked: only the counter matters
@@ -89,9 +104,9 @@ def run_torch_decode(model: Any, rows: int, room: int, tokens: int) -> Run:
         logits = None
         with torch.inference_mode():
             for step in range(tokens):
-                position = torch.full((1, 1), rows + step)
+                position = torch.full((1, 1), rows + step, device=model.device)
                 hidden = language(input_ids=token, past_key_values=cache, position_ids=position, use_cache=True).last_hidden_state
-                logits = model.lm_head(hidden[:, -1])
+                logits = model.lm_head(hidden[:, -1]).float().cpu()
         return logits
 
     return run

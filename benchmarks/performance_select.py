@@ -8,6 +8,7 @@ from benchmarks.performance_model import NEW, RUNTIME_NAME, TEXT, plan_for
 from benchmarks.performance_rows import Case, Row, judge
 from sievert.bundle.profile import Profile
 from sievert.engines.run.base import ModelFile
+from sievert.engines.run.ort import OnnxRuntime
 from sievert.engines.run.ort_profile import profile_graph
 from sievert.graph_passes.decoder import find_decoder
 from sievert.graph_passes.expose import to_bytes
@@ -33,7 +34,7 @@ def share_rows(case: Case) -> list[Row]:
         prefill = lower(made, RUNTIME_NAME)
         parts = name_parts(prefill, plan)
         file = ModelFile(reference.bundle.path / f"visual-{visual}.onnx", "", to_bytes(prefill))
-        nodes = profile_graph(reference.runtime, file, geometry, profile, runs=case.rounds)
+        nodes = profile_graph(OnnxRuntime(threads=case.threads), file, geometry, profile, runs=case.rounds)
         chosen = [node for node in nodes if find_part(parts, node.node).startswith("selector")]
         select, whole = ([sum(times) for times in zip(*(node.runs_ms for node in each), strict=True)] for each in (chosen, nodes))
         rows.append(judge(f"selecting over all of prefill, {visual} visual tokens, {KEEP}", select, whole, at_most=0.02))

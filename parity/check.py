@@ -92,9 +92,13 @@ def check_against(
     tokens: int | Literal["auto"] = "auto",
     template: bool = True,
     lowered_for: str = "",
+    low_memory: bool = False,
     progress: Progress = lambda _: None,
 ) -> Report:
-    """:func:`check` with a reference that is loaded already: several variants or engines of one model share it. Raises as that does."""
+    """:func:`check` with a reference that is loaded already: several variants or engines of one model share it. Raises as that does.
+
+    ``low_memory``: see :func:`find_runtime`.
+    """
     profile = bundle.variant(variant).profile
     steps = min(8, profile.max_new_tokens) if tokens == "auto" else tokens
     if not 1 <= steps <= profile.max_new_tokens:
@@ -107,7 +111,7 @@ def check_against(
         template = load_processor(bundle.path).chat_template is not None
         samples = synthetic_samples(prompter, count, template=template)
     progress(f"loading {variant} on {engine}")
-    pipeline, exposed = open_pipeline(bundle, variant, engine, lowered_for=lowered_for)
+    pipeline, exposed = open_pipeline(bundle, variant, engine, lowered_for=lowered_for, low_memory=low_memory)
     reports: list[SampleReport] = []
     precision = bundle.variant(variant).precision
     with pipeline:

@@ -45,9 +45,9 @@ class Observation:
         return tuple(EngineRecord(dict(row), self.exposed) for row in self.rows)
 
 
-def open_pipeline(bundle: Bundle, variant: str, engine: str, *, lowered_for: str = "") -> tuple[Pipeline, bool]:
+def open_pipeline(bundle: Bundle, variant: str, engine: str, *, lowered_for: str = "", low_memory: bool = False) -> tuple[Pipeline, bool]:
     """The variant's graphs on ``engine``, its inner values exposed where the engine reads ONNX; and whether they are."""
-    runtime = find_runtime(engine)
+    runtime = find_runtime(engine, low_memory=low_memory)
     stages = bundle.variant(variant).plan.stages
     if not runtime.reads_onnx or not stages:
         return Pipeline(bundle, variant, runtime, lowered_for=lowered_for), runtime.reads_onnx

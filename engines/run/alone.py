@@ -13,7 +13,7 @@ import numpy as np
 from sievert.bundle.errors import EngineError
 from sievert.bundle.profile import Profile
 from sievert.bundle.specs import Geometry, TensorSpec
-from sievert.engines.run.base import Cache, Session
+from sievert.engines.run.base import Cache, Session, check_feeds
 from sievert.engines.run.dtypes import Array
 from sievert.engines.run.memory import Buffer, fixed_shape
 
@@ -35,9 +35,9 @@ class Alone:
         self._caches = [Cache(spec.name, "present." + spec.name.removeprefix(_PAST), Buffer(session.memory, spec)) for spec in pasts]
         session.bind(self._caches)
         self._profile = profile
-        self._feeds = {
-            spec.name: make_feed(spec, geometry, profile) for spec in session.inputs if spec.name not in {past.name for past in pasts}
-        }
+        bound = {past.name for past in pasts}
+        made = {spec.name: make_feed(spec, geometry, profile) for spec in session.inputs if spec.name not in bound}
+        self._feeds = check_feeds("made-up inputs", session.inputs, bound, made)  # in the graph's types: no run has to cast
 
     def run(self, step: int = 0) -> dict[str, Array]:
         """Compute once; decode writes its token ``step`` after a full prompt, and starts over where the caches end."""

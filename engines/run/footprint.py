@@ -1,6 +1,6 @@
 """What a loaded variant takes of the host's memory, seen by a process that does nothing else.
 
-``python -m sievert.engines.run.footprint BUNDLE VARIANT ENGINE`` writes one JSON object.
+``python -m sievert.engines.run.footprint BUNDLE VARIANT ENGINE [low-memory]`` writes one JSON object.
 Source of the numbers: proc(5), ``/proc/pid/status``.
 """
 
@@ -22,9 +22,11 @@ from sievert.engines.run.alone import make_feed
 from sievert.engines.run.dtypes import Array
 from sievert.engines.run.pipeline import Pipeline
 from sievert.engines.run.prompt import PromptBatch
+from sievert.engines.run.registry import find_runtime
 
 _STATUS = Path("/proc/self/status")
 _TAIL = 500
+_LOW = "low-memory"
 
 
 @dataclass(frozen=True)
@@ -37,27 +39,27 @@ class Footprint:
     anonymous: int
 
 
-def measure_footprint(bundle: Path, variant: str, engine: str) -> Footprint:
+def measure_footprint(bundle: Path, variant: str, engine: str, *, low_memory: bool = False) -> Footprint:
     """Load a variant in a process of its own, read one prompt, write two tokens.
 
     Raises:
         EngineError: the process failed; the message holds its last words.
     """
-    command = [sys.executable, "-P", "-m", "sievert.engines.run.footprint", str(bundle), variant, engine]
+    command = [sys.executable, "-P", "-m", "sievert.engines.run.footprint", str(bundle), variant, engine, *([_LOW] if low_memory else [])]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise EngineError(f"{variant} on {engine}: the process that measures memory ended with {done.returncode}: {done.stderr[-_TAIL:]}")
     return Footprint(**json.loads(done.stdout))
 
 
-def load_and_look(bundle: Path, variant: str, engine: str) -> Footprint:
+def load_and_look(bundle: Path, variant: str, engine: str, *, low_memory: bool = False) -> Footprint:
     """The footprint of this process after it answered something.
 
     Raises:
         VariantError, EngineUnavailableError, EngineError: as :class:`Pipeline`, or a system that does not tell.
     """
     opened = Bundle.open(bundle)
-    with Pipeline(opened, variant, engine) as pipeline:
+    with Pipeline(opened, variant, find_runtime(engine, low_memory=low_memory)) as pipeline:
         batch = make_prompts(opened.manifest.geometry, pipeline.profile)
         pipeline.prefill(batch, pipeline.encode(batch.pixel_values))
         for slot in range(pipeline.profile.decode_batch):
@@ -101,4 +103,4 @@ def read_footprint() -> Footprint:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(asdict(load_and_look(Path(sys.argv[1]), sys.argv[2], sys.argv[3]))))
+    sys.stdout.write(json.dumps(asdict(load_and_look(Path(sys.argv[1]), *sys.argv[2:4], low_memory=_LOW in sys.argv[4:]))))

@@ -32,15 +32,21 @@ class RuntimeReport:
     unavailable: str | None
 
 
-def find_runtime(name: str) -> Runtime:
-    """The runtime of this name.
+def find_runtime(name: str, *, low_memory: bool = False) -> Runtime:
+    """The runtime of this name. ``low_memory``: all its sessions read the one mapped weights file, which costs time (docs/bench.md).
 
     Raises:
-        InputError: there is none.
+        InputError: there is none, or not with low memory.
     """
     if name not in RUNTIMES:
         raise InputError(f"engine {name!r} does not exist: choose one of {', '.join(RUNTIMES)}")
-    return RUNTIMES[name]
+    if not low_memory:
+        return RUNTIMES[name]
+    if name != OnnxRuntime().name:
+        raise InputError(
+            f"low memory was asked of {name}, but only onnxruntime can leave out its copies of the weights: leave out --low-memory"
+        )
+    return OnnxRuntime(prepack=False)
 
 
 def report_runtimes() -> tuple[RuntimeReport, ...]:
