@@ -25,19 +25,9 @@ from sievert.engines.run.base import ModelFile
 from sievert.engines.run.ort import OnnxRuntime
 from sievert.graph_passes.expose import expose, to_bytes
 from sievert.graph_passes.quantise import find_linears, selector_weights
-from tests.calibration.conftest import PROMPTS, edit_weight
+from tests.calibration.conftest import edit_weight
 
 FORMATS = ("int8", "fp8", "int4", "int8-weights")
-
-
-@pytest.fixture(scope="module")
-def collected(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Collection:
-    """Real pictures and questions through iwp-22."""
-    folder = tmp_path_factory.mktemp("quantise")
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 120, 3)).astype(np.uint8)).save(folder / "a.png")
-    lines = [json.dumps({"image": "a.png", "prompt": prompt}) for prompt in PROMPTS[:3]]
-    (folder / "questions.jsonl").write_text("\n".join(lines) + "\n")
-    return sievert.collect(made, folder / "questions.jsonl", variant="iwp-22", decode_steps=1, out=folder / "data")
 
 
 @pytest.fixture(scope="module")
