@@ -240,12 +240,16 @@ def test_a_replaced_variant_leaves_what_others_read(quantised: Path, collected: 
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="TensorRT for RTX is not installed")
-@pytest.mark.parametrize("name", ["int8", "fp8", "int4"])
-def test_prefill_and_decode_build_for_rtx(quantised: Path, tmp_path: Path, name: str):
+@pytest.mark.parametrize("name", ["int8", "fp8", "int4", "bfloat16", "kv-bfloat16"])
+def test_prefill_and_decode_build_for_rtx(quantised: Path, collected: Collection, tmp_path: Path, name: str):
     from sievert.engines.build.process import build_engine
     from sievert.graph_passes.lint import lint
     from sievert.graph_passes.lower import lower
 
+    if name not in FORMATS:
+        quantised = Path(shutil.copytree(quantised, tmp_path / "more"))
+        options: dict[str, Any] = {"kv": "bfloat16"} if name.startswith("kv") else {"format": name}
+        sievert.quantise(quantised, variant="iwp-22", collection=collected.path, **options)
     bundle = Bundle.open(quantised)
     for graph in ("prefill", "decode"):
         lowered = lower(ir.load(bundle.graph_file(graph, variant=f"iwp-22-{name}")), "tensorrt-rtx")
