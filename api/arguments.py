@@ -25,8 +25,9 @@ class NarrowDTypeName(StrEnum):
 
 
 class FormatName(StrEnum):
-    """Number format that a variant is quantised to."""
+    """Number format that a variant is quantised to; float32: none, its caches alone are narrowed."""
 
+    float32 = "float32"
     int8 = "int8"
     fp8 = "fp8"
     int4 = "int4"
@@ -301,10 +302,15 @@ Worst = Annotated[int, Option("--worst", metavar="N", min=1, help="Tensors to sh
 
 # quantise
 QuantisedFrom = Annotated[str, Option("--variant", metavar="NAME", help="Whose graphs.")]
+_FORMATS_HELP = "int8, fp8: weights and activations; int4, int8-weights: weights alone; or 16 bit."
 NumberFormat = Annotated[
-    FormatName, Option("--format", help="int8, fp8: weights and activations; int4, int8-weights: weights alone; or 16 bit.")
+    FormatName | None, Option("--format", help=f"{_FORMATS_HELP} Default: int8, or with --kv float32.", show_default=False)
 ]
-QuantisedName = Annotated[str, Option("--name", metavar="NAME", help="Default: VARIANT-FORMAT.", show_default=False)]
+SensedFormat = Annotated[FormatName, Option("--format", help="int8, fp8: weights and activations; int4, int8-weights: weights alone.")]
+CacheType = Annotated[str, Option("--kv", metavar="TYPE", help="Keep key and value caches in float16 or bfloat16.", show_default=False)]
+QuantisedName = Annotated[
+    str, Option("--name", metavar="NAME", help="Default: VARIANT-FORMAT, VARIANT-kv-TYPE or both.", show_default=False)
+]
 Calibrated = Annotated[CalibrationName, Option("--calibration", help="Scales of activations: of their largest value, or a percentile.")]
 Percentile = Annotated[float, Option("--percentile", metavar="P", help="Of the activations' magnitudes, with --calibration percentile.")]
 Block = Annotated[int, Option("--block", metavar="N", help="Weights that share a scale in int4: 32 or 128.")]

@@ -86,7 +86,8 @@ def ranges(
 def quantise(
     bundle: a.BundlePath,
     variant: a.QuantisedFrom = "full",
-    format: a.NumberFormat = a.FormatName.int8,  # noqa: A002 (the option's name)
+    format: a.NumberFormat = None,  # noqa: A002 (the option's name)
+    kv: a.CacheType = "",
     name: a.QuantisedName = "",
     calibration: a.Calibrated = a.CalibrationName.max,
     percentile: a.Percentile = 99.99,
@@ -101,6 +102,7 @@ def quantise(
     force: a.Force = False,
 ) -> None:
     """Add a variant with quantised weights, and with int8 and fp8 quantised activations too; their scales come from calibration data.
+    Or keep its caches in 16 bit.
 
     What a selector reads is never quantised, unless asked.
     """
@@ -112,7 +114,8 @@ def quantise(
         made = add_variant(
             bundle,
             variant=variant,
-            format=format.value,
+            format="auto" if format is None else format.value,
+            kv=kv,
             name=name,
             calibration=calibration.value,
             percentile=percentile,
@@ -138,7 +141,7 @@ def sensitivity(
     bundle: a.BundlePath,
     collection: a.CollectionFolder = "",
     variant: a.RangedVariant = "",
-    format: a.NumberFormat = a.FormatName.int8,  # noqa: A002 (the option's name)
+    format: a.SensedFormat = a.FormatName.int8,  # noqa: A002 (the option's name)
     calibration: a.Calibrated = a.CalibrationName.max,
     percentile: a.Percentile = 99.99,
     block: a.Block = 32,

@@ -21,7 +21,7 @@ _PACKAGES = (
     "tensorrt",
 )
 _DTYPES = {
-    "onnxruntime": ("float32: full speed", "float16: emulated (cast around missing kernels), for checks only", "bfloat16: few kernels"),
+    "onnxruntime": ("float32: full speed", "float16, bfloat16: emulated (cast around missing kernels), for checks only"),
     "onnxruntime-cuda": ("float32", "float16", "bfloat16: few kernels"),
     "tensorrt-rtx": ("float32: attention is written out, slower", "float16", "bfloat16: not on Turing (SM75)"),
     "tensorrt": ("float32: attention is written out, slower", "float16", "bfloat16"),

@@ -42,12 +42,14 @@ def sensitivity(
         BundleError: the bundle is not what its manifest says.
     """
     from sievert.calibration.collection import load_collection
+    from sievert.calibration.options import refuse_unread
     from sievert.calibration.place import default_place
     from sievert.calibration.quantise import make_recipe
     from sievert.calibration.sensitivity import measure_sensitivity
 
     if samples < 1:
         raise CalibrationError(f"samples={samples}: give at least 1")
+    refuse_unread(format, "", {"calibration": calibration, "percentile": percentile, "block": block})
     recipe = make_recipe(format, calibration=calibration, percentile=percentile, block=block)
     progress("checking the bundle")
     opened = Bundle.open(bundle)

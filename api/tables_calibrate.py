@@ -100,10 +100,15 @@ def quantised_lines(made: QuantisedVariant) -> list[str]:
     sixteen = precision.format in ("float16", "bfloat16")
     count = len(precision.weights) if sixteen else sum(weight.name.endswith(".q") for weight in precision.weights)
     block = "" if sixteen else f", a scale per block of {precision.block}" if precision.block else ", a scale per output channel"
-    lines = [f"{count} weights in {precision.format}{block}: {describe_bytes(made.bytes)}, before {describe_bytes(made.bytes_before)}"]
+    lines = []
+    if precision.weights:
+        lines = [f"{count} weights in {precision.format}{block}: {describe_bytes(made.bytes)}, before {describe_bytes(made.bytes_before)}"]
+    if precision.caches:
+        sizes = describe_bytes(made.cache_bytes), describe_bytes(made.cache_bytes_before)
+        lines.append(f"caches in {precision.caches}: {sizes[0]}, before {sizes[1]}")
     if precision.calibration:
         lines.append(f"scales of activations: {precision.calibration} over {precision.samples} samples, one per tensor")
-    if sixteen and not precision.kept:
+    if (sixteen or precision.caches == "float16") and not any("/" in name for name in precision.kept):
         lines.append(f"no tensor overflows over {precision.samples} samples")
     for reason, names in group_kept(precision.kept).items():
         shown = ", ".join(map(escape, names[:_SHOWN])) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

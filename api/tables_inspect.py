@@ -89,7 +89,7 @@ def _precision(manifest: Manifest) -> Table:
         if precision is None:
             continue
         size, before = measure_weights(manifest, variant)
-        form = precision.format + (f", block {precision.block}" if precision.block else "")
+        form = precision.label + (f", block {precision.block}" if precision.block else "")
         scales = f"{precision.calibration} over {precision.samples} samples" if precision.calibration else "none"
         scales = f"[yellow]{scales}, RANDOM data[/]" if precision.random else scales
         kept = "\n".join(f"{len(names)}: {escape(reason)}" for reason, names in group_kept(precision.kept).items())

@@ -76,14 +76,17 @@ class EngineEntry(Record):
 class Precision(Record):
     """How the graphs of a variant were narrowed.
 
-    ``base`` is the variant they were made from, ``format`` the number format (a key of ``sievert.calibration.numbers.FORMATS``), ``block``
-    how many weights along K share a scale (0: each output channel has one). ``calibration`` says how the scales of activations were
-    chosen, empty where they are not quantised; ``data`` is the seal of the collection they come from, ``samples`` its size, ``random``
-    whether nobody ever asked these questions. ``kept`` are weights that stay as they were, each with the reason.
+    ``base`` is the variant they were made from, ``format`` the number format (a key of ``sievert.calibration.numbers.FORMATS``, a 16-bit
+    type, or the model's own type where only caches were narrowed). ``caches`` is the type of the key and value caches where it is not that
+    of the graphs, else empty. ``block`` says how many weights along K share a scale (0: each output channel has one). ``calibration`` says
+    how the scales of activations were chosen, empty where they are not quantised; ``data`` is the seal of the collection they come from,
+    ``samples`` its size, ``random`` whether nobody ever asked these questions. ``kept`` are weights that stay as they were, each with the
+    reason; tensors are ``GRAPH/TENSOR``.
     """
 
     base: str
     format: str
+    caches: str = ""
     block: int = 0
     calibration: str = ""
     data: str = ""
@@ -91,6 +94,11 @@ class Precision(Record):
     random: bool = False
     kept: dict[str, str] = {}
     weights: tuple[StoredWeight, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """The formats in words."""
+        return f"{self.format}, caches in {self.caches}" if self.caches else self.format
 
 
 class Variant(Record):

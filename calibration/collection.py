@@ -94,6 +94,17 @@ class Collection:
             if other := sorted(spec.name for spec in data.inputs if spec not in taken):
                 raise CalibrationError(f"{where}, whose {graph} took other inputs than it takes now ({other[0]}): {COLLECT_AGAIN}")
 
+    def require_use(self, variant: str, *, random: bool) -> None:
+        """Refuse data that is not of ``variant``, and data that is random unless ``random``.
+
+        Raises:
+            VariantError: there is no such variant.
+            CalibrationError: it is not of that variant, or random.
+        """
+        self.require_variant(variant)
+        if self.random and not random:
+            raise CalibrationError(f"{self.path}: {RANDOM}. To quantise with it all the same, say --random")
+
     def _graph(self, graph: str) -> GraphData:
         if graph not in self.info.graphs:
             raise CalibrationError(f"{self.path} has no inputs of {graph!r}; it has those of {', '.join(self.graphs)}")

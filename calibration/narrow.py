@@ -1,4 +1,4 @@
-"""A 16-bit variant of a float32 one: what calibration data shows to overflow stays float32, with the reason."""
+"""16-bit variants of float32 ones, whole or of their caches alone: what data shows to overflow stays float32, with the reason."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ import onnx_ir as ir
 from sievert.bundle.errors import CalibrationError, VariantError
 from sievert.bundle.manifest import Precision, Variant
 from sievert.bundle.store import Bundle
+from sievert.calibration.caches import CacheFormat
 from sievert.calibration.collection import Collection
 from sievert.calibration.judging import TensorRange
-from sievert.calibration.quantise import put_graphs, require_data, require_plain
+from sievert.calibration.quantise import put_graphs, require_plain
 from sievert.calibration.ranges import measure_ranges
 from sievert.calibration.storing import WeightsFile
 from sievert.graph_passes.narrow import Narrow, fit
@@ -32,7 +33,7 @@ def narrow_variant(
     base: str,
     name: str,
     dtype: str,
-    collection: Collection,
+    collection: Collection | None,
     *,
     random: bool = False,
     force: bool = False,
@@ -46,7 +47,7 @@ def narrow_variant(
 
     Raises:
         VariantError: no such base, one that is not float32, or a name that is taken.
-        CalibrationError: data of another variant, random data without ``random``, or NaN in it.
+        CalibrationError: no data, data of another variant, random data without ``random``, or NaN in it.
         EngineUnavailableError, EngineError: ONNX Runtime cannot measure the tensors here.
         BundleError: the bundle cannot be written. Nothing is recorded and no file stays in all these cases.
     """
@@ -56,7 +57,9 @@ def narrow_variant(
         raise VariantError(f"the bundle is {bundle.manifest.source.dtype} already: 16-bit variants are made in a float32 one")
     if name == base:
         raise VariantError(f"{name!r} is the variant to narrow: give the new one another name")
-    require_data(collection, base, random=random)
+    if collection is None:
+        raise CalibrationError(f"{dtype}: what it cannot hold is found in data: run `sievert collect` first")
+    collection.require_use(base, random=random)
     found = measure_ranges(collection, base, dtype=dtype, progress=progress)
     if broken := [each for each in found.tensors if each.verdict == "nan"]:
         raise CalibrationError(f"{broken[0].name} of {broken[0].graph} holds NaN on {broken[0].at}: {broken[0].reason}")
@@ -91,6 +94,47 @@ def narrow_variant(
             weights=own.stored,
         )
         new = put_graphs(step, name, variant, models, precision)
+        step.put_variant(name, new, force=force)
+    return new
+
+
+def narrow_caches(
+    bundle: Bundle,
+    base: str,
+    name: str,
+    caches: CacheFormat,
+    collection: Collection | None,
+    *,
+    force: bool = False,
+    command: str = "quantise",
+) -> Variant:
+    """Add the variant ``name``: the graphs of ``base`` over the same weights, with key and value caches as ``caches`` says.
+
+    ``collection`` is what the caches were measured on, None where they were not.
+
+    Raises:
+        VariantError: no such base, one that is quantised, or a name that is taken.
+        GraphError: caches that are not updated as the graphs' contract says.
+        BundleError: the bundle cannot be written. Nothing is recorded and no file stays in all these cases.
+    """
+    bundle.require_new_variant(name, force=force)
+    variant = require_plain(bundle, base)
+    if name == base:
+        raise VariantError(f"{name!r} is the variant to narrow: give the new one another name")
+    models = {graph: ir.load(bundle.graph_file(graph, variant=base)) for graph in variant.graphs}
+    changed = {graph: model for graph, model in models.items() if caches.narrow(model)}
+    used = collection if caches.measured else None
+    precision = Precision(
+        base=base,
+        format=bundle.manifest.source.dtype,
+        caches=caches.dtype,
+        data="" if used is None else used.info.seal,
+        samples=0 if used is None else len(used.info.samples),
+        random=used is not None and used.random,
+        kept=dict(caches.kept),
+    )
+    with bundle.step(command) as step:
+        new = put_graphs(step, name, variant, changed, precision)
         step.put_variant(name, new, force=force)
     return new
 

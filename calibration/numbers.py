@@ -64,7 +64,7 @@ def find_number_format(name: str) -> NumberFormat:
         CalibrationError: there is none.
     """
     if name not in FORMATS:
-        raise CalibrationError(f"format {name!r} is not known: choose one of {', '.join([*FORMATS, *SIXTEEN])}")
+        raise CalibrationError(f"format {name!r} has no codes and scales: choose one of {', '.join(FORMATS)}")
     return FORMATS[name]
 
 

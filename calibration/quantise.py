@@ -14,7 +14,8 @@ from sievert.bundle.manifest import GraphEntry, Precision, Variant
 from sievert.bundle.specs import describe_values
 from sievert.bundle.step import OpenStep
 from sievert.bundle.store import Bundle
-from sievert.calibration.collection import RANDOM, Collection
+from sievert.calibration.caches import CacheFormat
+from sievert.calibration.collection import Collection
 from sievert.calibration.numbers import BLOCKS, NumberFormat, Quantised, find_number_format, quantise_weight, scale_of
 from sievert.calibration.peaks import measure_peaks
 from sievert.calibration.storing import WeightsFile
@@ -81,6 +82,7 @@ def quantise_variant(
     recipe: Recipe,
     collection: Collection | None,
     *,
+    caches: CacheFormat | None = None,
     random: bool = False,
     force: bool = False,
     command: str = "quantise",
@@ -89,7 +91,7 @@ def quantise_variant(
     """Add the variant ``name`` to the bundle: the graphs of ``base`` with quantised operands, and their weights in a file of their own.
 
     Quantised weights stand on the disk once, whichever graph and variant reads them. ``collection`` gives the scales of activations; it
-    must be of ``base``, and formats that quantise weights alone need none.
+    must be of ``base``, and formats that quantise weights alone need none. ``caches``: key and value caches are narrowed too.
 
     Raises:
         VariantError: no such base, one that is quantised itself, or a name that is taken.
@@ -121,19 +123,22 @@ def quantise_variant(
             weight: Codes(own.tensor(f"{weight}.q"), own.tensor(f"{weight}.scale"), each.axis, each.block, scales.get(weight))
             for weight, each in made.items()
         }
-        quantised = {graph: InsertQuantisers(placed)(model) for graph, model in models.items()}
+        changed = {graph for graph, model in models.items() if InsertQuantisers(placed)(model).modified}
+        changed |= {graph for graph, model in models.items() if caches is not None and caches.narrow(model)}
+        used = collection if data is not None or (caches is not None and caches.measured) else None
         precision = Precision(
             base=base,
             format=recipe.format.name,
+            caches="" if caches is None else caches.dtype,
             block=recipe.block,
             calibration=recipe.calibration,
-            data="" if data is None else data.info.seal,
-            samples=0 if data is None else len(data.info.samples),
-            random=data is not None and data.random,
-            kept=kept,
+            data="" if used is None else used.info.seal,
+            samples=0 if used is None else len(used.info.samples),
+            random=used is not None and used.random,
+            kept=kept if caches is None else kept | caches.kept,
             weights=own.stored,
         )
-        new = put_graphs(step, name, variant, {graph: each.model for graph, each in quantised.items() if each.modified}, precision)
+        new = put_graphs(step, name, variant, {graph: models[graph] for graph in changed}, precision)
         step.put_variant(name, new, force=force)
     return new
 
@@ -157,7 +162,7 @@ def require_plain(bundle: Bundle, base: str) -> Variant:
     variant = bundle.variant(base)
     if variant.precision is not None:
         made = variant.precision
-        raise VariantError(f"variant {base!r} is quantised already ({made.format}): quantise the one it was made from, {made.base!r}")
+        raise VariantError(f"variant {base!r} is quantised already ({made.label}): quantise the one it was made from, {made.base!r}")
     return variant
 
 
@@ -166,19 +171,8 @@ def _require_data(recipe: Recipe, collection: Collection | None, base: str, *, r
         return None
     if collection is None:
         raise CalibrationError(f"{recipe.format.name} quantises activations, whose scales come from data: run `sievert collect` first")
-    require_data(collection, base, random=random)
+    collection.require_use(base, random=random)
     return collection
-
-
-def require_data(collection: Collection, base: str, *, random: bool) -> None:
-    """Data of the variant ``base``, and real data unless ``random``.
-
-    Raises:
-        CalibrationError: it is not.
-    """
-    collection.require_variant(base)
-    if collection.random and not random:
-        raise CalibrationError(f"{collection.path}: {RANDOM}. To quantise with it all the same, say --random")
 
 
 def choose_weights(models: Mapping[str, ir.Model], recipe: Recipe) -> tuple[dict[str, Linear], dict[str, str]]:

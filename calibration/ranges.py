@@ -63,9 +63,12 @@ def measure_ranges(
     dtype: str = "float16",
     lowered_for: Target | Literal[""] = "",
     chunk_bytes: int = CHUNK_BYTES,
+    wanted: Callable[[str], bool] = lambda _: True,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Ranges:
     """Run a variant's graphs in ONNX Runtime on all the data, every float tensor exposed, and judge each for ``dtype``.
+
+    Only tensors whose name is ``wanted`` are measured.
 
     Tensors are exposed in chunks of at most ``chunk_bytes`` (or one tensor), each in a graph cut down to what it needs. ``lowered_for``
     measures the graphs in the form that engine is built from, where attention may be written out. Best on a float32 bundle, which shows
@@ -81,7 +84,7 @@ def measure_ranges(
     collection.require_variant(variant)
     if (precision := collection.bundle.variant(variant).precision) is not None:
         raise CalibrationError(
-            f"variant {variant!r} is quantised ({precision.format}): measure the one it was made from, {precision.base!r}"
+            f"variant {variant!r} is quantised ({precision.label}): measure the one it was made from, {precision.base!r}"
         )
     if reason := find_runtime(ENGINE).unavailable():
         raise EngineUnavailableError(reason)
@@ -97,9 +100,9 @@ def measure_ranges(
         found: dict[ir.Value, Seen] = {}
         progress(f"reading weights and inputs of {graph}")
         judged = frozenset(weights)
-        found |= _read_weights(model, limits, weights)
-        found |= _read_inputs(collection, graph, model, limits)
-        chunks = list(chunk_values(_floats(value for node in model.graph for value in node.outputs), chunk_bytes))
+        found |= _read_weights(_floats(model.graph.initializers.values(), wanted), limits, weights)
+        found |= _read_inputs(collection, graph, _floats(model.graph.inputs, wanted), limits)
+        chunks = list(chunk_values(_floats((value for node in model.graph for value in node.outputs), wanted), chunk_bytes))
         for number, chunk in enumerate(chunks, 1):
             progress(f"measuring {graph}: part {number} of {len(chunks)}")
             found |= _measure(collection, graph, ModelFile(path, "", cut_graph(model, chunk)), chunk, limits)
@@ -117,14 +120,15 @@ def measure_ranges(
     )
 
 
-def _floats(values: Iterable[ir.Value]) -> Iterator[ir.Value]:
-    return (value for value in values if value.name and value.dtype is not None and value.dtype.is_floating_point())
+def _floats(values: Iterable[ir.Value], wanted: Callable[[str], bool]) -> Iterator[ir.Value]:
+    floats = (value for value in values if value.name and value.dtype is not None and value.dtype.is_floating_point())
+    return (value for value in floats if wanted(str(value.name)))
 
 
-def _read_weights(model: ir.Model, limits: Format, known: dict[str, Seen]) -> dict[ir.Value, Seen]:
+def _read_weights(values: Iterable[ir.Value], limits: Format, known: dict[str, Seen]) -> dict[ir.Value, Seen]:
     """Float weights, which are narrowed with everything else. ``known`` are those that an earlier graph had, by name, and grows."""
     found = {}
-    for value in _floats(model.graph.initializers.values()):
+    for value in values:
         tensor = value.const_value
         if tensor is None:
             continue
@@ -139,9 +143,9 @@ def _read_weights(model: ir.Model, limits: Format, known: dict[str, Seen]) -> di
     return found
 
 
-def _read_inputs(collection: Collection, graph: str, model: ir.Model, limits: Format) -> dict[ir.Value, Seen]:
+def _read_inputs(collection: Collection, graph: str, values: Iterable[ir.Value], limits: Format) -> dict[ir.Value, Seen]:
     """What the graph was fed."""
-    found = {value: Seen() for value in _floats(model.graph.inputs)}
+    found = {value: Seen() for value in values}
     for run, feed in enumerate(collection.feeds(graph) if found else ()):
         for value, seen in found.items():
             seen.add(feed[str(value.name)], limits, run)

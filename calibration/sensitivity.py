@@ -15,7 +15,7 @@ import onnx_ir as ir
 from sievert.bundle.errors import CalibrationError
 from sievert.bundle.files import sha256_bytes
 from sievert.calibration.collection import Collection
-from sievert.calibration.quantise import Recipe, choose_weights, measure_scales, quantise_models, require_data, require_plain
+from sievert.calibration.quantise import Recipe, choose_weights, measure_scales, quantise_models, require_plain
 from sievert.engines.run.base import ModelFile, Session
 from sievert.engines.run.dtypes import Array
 from sievert.engines.run.registry import find_runtime
@@ -84,7 +84,7 @@ def measure_sensitivity(
     """
     bundle = collection.bundle
     entry = require_plain(bundle, variant)
-    require_data(collection, variant, random=random)
+    collection.require_use(variant, random=random)
     models = {graph: ir.load(bundle.graph_file(graph, variant=variant)) for graph in entry.graphs}
     chosen, _ = choose_weights(models, recipe)
     scales = measure_scales(models, chosen, recipe, collection if recipe.format.activations else None, progress=progress)

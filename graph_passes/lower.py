@@ -21,6 +21,7 @@ from sievert.graph_passes.lowering.decompose import DecomposeAttention
 from sievert.graph_passes.lowering.one_row import FlattenBiased, GroupQueryHeads, MergeReshapes
 from sievert.graph_passes.lowering.simple import CumSumInFloat, DropSoftmaxPrecision
 from sievert.graph_passes.lowering.targets import TARGETS, Target
+from sievert.graph_passes.lowering.widen import EmulateBfloat16
 
 __all__ = ["PASSES", "TARGETS", "Target", "lower"]
 
@@ -34,8 +35,14 @@ _TENSORRT: Final[tuple[ir.passes.InPlacePass, ...]] = (
 PASSES: Final[Mapping[Target, tuple[ir.passes.InPlacePass, ...]]] = MappingProxyType(
     {
         # Both take the contract's operators as they are. The CPU's kernel computes all scores of a causal attention, a fused one on a GPU
-        # does not. bfloat16 has few kernels on the CPU, which lint says.
-        "onnxruntime": (SplitCausalAttention(), GroupQueryHeads(), FlattenBiased(), MergeReshapes()),  # the last merges what others add
+        # does not. bfloat16 has few kernels on the CPU: what is split is emulated like the rest, so last.
+        "onnxruntime": (
+            SplitCausalAttention(),
+            GroupQueryHeads(),
+            FlattenBiased(),
+            MergeReshapes(),  # after what adds them
+            EmulateBfloat16(),
+        ),
         "onnxruntime-cuda": (),
         "tensorrt-rtx": _TENSORRT,
         "tensorrt": (*_TENSORRT, CumSumInFloat()),

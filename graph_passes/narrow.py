@@ -14,6 +14,7 @@ from sievert.graph_passes.quantise import is_selector
 
 _TORCH: Final = "pkg.torch.onnx.name_scopes"
 _ROTARY: Final = "rotary_emb"
+_ANGULAR: Final = frozenset({"Sin", "Cos"})
 _STASHED: Final = {"RMSNormalization": "stash_type", "LayerNormalization": "stash_type", "Attention": "softmax_precision"}
 _FLOAT: Final = ir.DataType.FLOAT
 Weights = Callable[[str], ir.TensorProtocol]
@@ -21,9 +22,9 @@ Weights = Callable[[str], ir.TensorProtocol]
 
 @dataclass(frozen=True)
 class Narrow(ir.passes.InPlacePass):
-    """Let every float32 value be of ``dtype``, but for islands of float32: what a selector computes, tables of rotary positions, what is
-    made of integers, and every node that takes or gives a value in ``high``. Norms and softmax keep their float32 inside, logits and scores
-    of the vision encoder are given as float32.
+    """Let every float32 value be of ``dtype``, but for islands of float32: what a selector computes, tables of rotary positions with the
+    angles they are made of (a position beyond 256 is no bfloat16), what is made of integers, and every node that takes or gives a value in
+    ``high``. Norms and softmax keep their float32 inside, logits and scores of the vision encoder are given as float32.
 
     Before::
 
@@ -64,6 +65,7 @@ class _Narrowing:
         self._graph, self._how = graph, how
         self._casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
         self._constants: dict[str, ir.Value] = {}
+        self._angles = _find_angles(graph)
 
     def run(self) -> bool:
         nodes = list(self._graph)
@@ -98,7 +100,7 @@ class _Narrowing:
         floats = [value for value in (*node.inputs, *node.outputs) if value is not None and value.dtype is _FLOAT]
         if any(value.name in self._how.high for value in floats):
             return True
-        if is_selector(node) or _ROTARY in node.metadata_props.get(_TORCH, ""):
+        if node in self._angles or is_selector(node) or _ROTARY in node.metadata_props.get(_TORCH, ""):
             return True
         computed = [value for value in node.inputs if value is not None and value.const_value is None]
         # Positions and masks: whole numbers that 16 bit would round.
@@ -150,6 +152,18 @@ class _Narrowing:
         made.name, made.shape, made.type = name, value.shape, ir.TensorType(_FLOAT)
         self._graph.append(cast)
         self._graph.outputs[place] = made
+
+
+def _find_angles(graph: ir.Graph) -> set[ir.Node]:
+    """Every Sin and Cos, and what their angles are computed from. The exporter leaves not all of these a module's name."""
+    found: set[ir.Node] = set()
+    stack = [node for node in graph if node.op_type in _ANGULAR]
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack += [producer for value in node.inputs if value is not None and (producer := value.producer()) is not None]
+    return found
 
 
 def fit(values: np.ndarray[tuple[int, ...], np.dtype[np.float32]], dtype: ir.DataType) -> np.ndarray[tuple[int, ...], np.dtype[np.generic]]:

@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 
 from sievert.bundle.errors import ProfileError
+from sievert.bundle.manifest import Variant
 from sievert.bundle.pictures import PIXELS
 from sievert.bundle.store import Bundle
 from sievert.engines.run.generate import generate
@@ -29,7 +30,7 @@ from sievert.parity.record import ReferenceRecord, kept_name
 from sievert.parity.reference import Reference, ReferenceInputs
 from sievert.parity.report import Report, SampleReport, explain, summarise
 from sievert.parity.samples import Sample, synthetic_samples
-from sievert.parity.tolerances import tolerances_for
+from sievert.parity.tolerances import Tolerances, tolerances_for
 from sievert.parity.verdict import Verdict, combine
 
 logger = logging.getLogger(__name__)
@@ -120,7 +121,7 @@ def check_against(
             reports += _check_group(reference, bundle, pipeline, prompter, group, steps, template=template, exposed=exposed)
     if precision is not None:
         progress("reading the quantised weights")
-        weights = tuple(judge_weights(bundle, precision, tolerances_for(_dtype(bundle, variant)).weights))
+        weights = tuple(judge_weights(bundle, precision, _tolerances(bundle, bundle.variant(variant)).weights))
         reports[0] = replace(reports[0], results=(*weights, *reports[0].results))
         reports[0] = replace(reports[0], verdict=combine([result.verdict for result in reports[0].results]))
     verdict, reason, stage = explain([report.results for report in reports])
@@ -159,7 +160,7 @@ def _check_group(
     """One batch: the engine reads it, the reference follows what it kept, and both are fed the reference's tokens."""
     batch = prompter.prepare([sample.image for sample in group], [sample.prompt for sample in group], template=template)
     variant = pipeline.variant
-    plan, tolerances = variant.plan, tolerances_for(variant.precision.format if variant.precision else bundle.manifest.source.dtype)
+    plan, tolerances = variant.plan, _tolerances(bundle, variant)
     seen = observe_prefill(pipeline, batch, exposed=exposed)
     references: list[ReferenceRecord] = []
     given: list[ReferenceInputs] = []
@@ -198,10 +199,10 @@ def _check_group(
     ]
 
 
-def _dtype(bundle: Bundle, variant: str) -> str:
-    """What the variant's tolerances are stated for."""
-    precision = bundle.variant(variant).precision
-    return bundle.manifest.source.dtype if precision is None else precision.format
+def _tolerances(bundle: Bundle, variant: Variant) -> Tolerances:
+    """Of the variant's formats."""
+    precision = variant.precision
+    return tolerances_for(bundle.manifest.source.dtype) if precision is None else tolerances_for(precision.format, precision.caches)
 
 
 def _text(prompter: Prompter, tokens: Sequence[int], stops: Sequence[int]) -> str:
@@ -230,7 +231,7 @@ def _report(
         variant=variant,
         engine=engine,
         lowered_for=lowered_for,
-        dtype=_dtype(bundle, variant),
+        dtype=bundle.manifest.source.dtype if precision is None else precision.label,
         verdict=verdict,
         reason=reason,
         first_failure=first_failure,
@@ -238,7 +239,7 @@ def _report(
         samples=samples,
         synthetic=synthetic,
         forced_tokens=forced_tokens,
-        tolerances=tolerances_for(_dtype(bundle, variant)),
+        tolerances=_tolerances(bundle, bundle.variant(variant)),
         effects=summarise_effects([sample.effects for sample in samples if sample.effects], samples[0].kept if samples else ()),
         random_scales=precision is not None and precision.random,
         versions={

@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 
 from sievert.bundle.store import Bundle
 from sievert.engines.run.files import find_model
-from sievert.engines.run.pipeline import Pipeline
+from sievert.engines.run.pipeline import GRAPHS, Pipeline
 from sievert.engines.run.prompt import PromptBatch
 from sievert.engines.run.registry import find_runtime
 from sievert.engines.run.slots import IDLE
 from sievert.graph_passes.expose import expose, to_bytes
+from sievert.graph_passes.lowering.widen import EmulateBfloat16
 from sievert.parity.record import (
     EMBEDDINGS,
     LOGITS,
@@ -46,17 +47,27 @@ class Observation:
 
 
 def open_pipeline(bundle: Bundle, variant: str, engine: str, *, lowered_for: str = "", low_memory: bool = False) -> tuple[Pipeline, bool]:
-    """The variant's graphs on ``engine``, its inner values exposed where the engine reads ONNX; and whether they are."""
+    """The variant's graphs on ``engine``, its inner values exposed where the engine reads ONNX; and whether they are.
+
+    On the CPU, graphs in bfloat16 that were lowered for another engine, or for none, are emulated.
+    """
     runtime = find_runtime(engine, low_memory=low_memory)
-    stages = bundle.variant(variant).plan.stages
-    if not runtime.reads_onnx or not stages:
-        return Pipeline(bundle, variant, runtime, lowered_for=lowered_for), runtime.reads_onnx
-    names = [residual_name(stage) for stage in range(len(stages))]
-    for number, stage in enumerate(stages):
+    if not runtime.reads_onnx:
+        return Pipeline(bundle, variant, runtime, lowered_for=lowered_for), False
+    names = []
+    for number, stage in enumerate(bundle.variant(variant).plan.stages):
+        names.append(residual_name(number))
         if reference_selector(stage.selector, stage.options).computes:
             names += [scores_name(number), order_name(number)]
-    model = ir.load(find_model(bundle, variant, "prefill", runtime, lowered_for).path)
-    graphs = {"prefill": to_bytes(expose(model, names))}
+    graphs = {}
+    for graph in GRAPHS:
+        model = ir.load(find_model(bundle, variant, graph, runtime, lowered_for).path)
+        emulated = runtime.name == "onnxruntime" and EmulateBfloat16()(model).modified
+        if graph == "prefill" and names:
+            model = expose(model, names)
+        elif not emulated:
+            continue
+        graphs[graph] = to_bytes(model)
     return Pipeline(bundle, variant, runtime, lowered_for=lowered_for, graphs=graphs), True
 
 

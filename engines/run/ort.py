@@ -29,6 +29,7 @@ Provider = Literal["CPUExecutionProvider", "CUDAExecutionProvider"]
 WHEELS: Final = ("onnxruntime", "onnxruntime-gpu")
 _TYPES: Final = {"tensor(float)": "float32", "tensor(double)": "float64"}  # the others are named as we name them
 _ERRORS_ONLY: Final = 3
+_NO_KERNEL: Final = "Could not find an implementation"
 
 
 @dataclass(frozen=True)
@@ -207,7 +208,10 @@ def failures() -> tuple[type[Exception], ...]:
 def _load_error(model: ModelFile, error: Exception) -> Exception:
     if model.content is None and not model.path.is_file():
         return IntegrityError(f"{model.path.name} is missing from {model.path.parent}")
-    return EngineError(f"{model.path.name}: ONNX Runtime refused the graph: {error}")
+    advice = ""
+    if _NO_KERNEL in str(error):
+        advice = ". In bfloat16 the CPU has few kernels: `sievert build --engine onnxruntime` on this variant writes graphs that emulate it"
+    return EngineError(f"{model.path.name}: ONNX Runtime refused the graph: {error}{advice}")
 
 
 def _spec(value: Any) -> TensorSpec:

@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from sievert.graph_passes.lowering.rules import Rule, get_input, static_shape, walk_nodes, where
 from sievert.graph_passes.lowering.targets import TARGETS
+from sievert.graph_passes.lowering.widen import find_bfloat16
 
 LARGEST_CONSTANT_BYTES: Final = 1 << 20
 _ALL: Final = frozenset(TARGETS)
@@ -29,12 +30,6 @@ _SHAPE_INPUTS: Final = {
     "Tile": (1,),
     "TopK": (1,),
 }
-# What ONNX Runtime 1.31 has bfloat16 kernels for on the CPU, of the operators our graphs hold (tried one by one).
-_CPU_NAMES: Final = """
-Cast Concat Constant Flatten Gather GatherElements GatherND Identity LayerNormalization Reshape ScatterElements ScatterND
-Shape Slice Split Squeeze TensorScatter Transpose Unsqueeze
-"""
-_CPU_BFLOAT16: Final = frozenset(_CPU_NAMES.split())
 
 
 def _find_symbols(model: ir.Model) -> Iterator[tuple[str, str]]:
@@ -103,14 +98,7 @@ def _find_missing_data(model: ir.Model) -> Iterator[tuple[str, str]]:
 
 
 def _find_cpu_bfloat16(model: ir.Model) -> Iterator[tuple[str, str]]:
-    missing = sorted(
-        {
-            node.op_type
-            for node in walk_nodes(model)
-            if node.op_type not in _CPU_BFLOAT16
-            and any(value is not None and value.dtype == ir.DataType.BFLOAT16 for value in (*node.inputs[:1], *node.outputs[:1]))
-        }
-    )
+    missing = sorted({node.op_type for node in find_bfloat16(model.graph)})
     if missing:
         yield model.graph.name or "graph", f"bfloat16 in {', '.join(missing)}"
 
@@ -179,7 +167,7 @@ GRAPH_RULES: Final = (
     Rule(
         "cpu-bfloat16",
         seen="ONNX Runtime 1.31 on the CPU: 'Could not find an implementation for MatMul(13)' and most others in bfloat16",
-        fix="run this bundle with TensorRT or onnxruntime-cuda (not tried), or export it in float16 or float32 for the CPU",
+        fix="lower the graph for this target (`sievert build --engine onnxruntime`): a pass emulates it in float32",
         find=_find_cpu_bfloat16,
         targets=frozenset({"onnxruntime"}),
         severity="warning",

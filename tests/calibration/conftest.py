@@ -15,6 +15,7 @@ from PIL import Image
 import sievert
 from sievert.bundle.plan import Plan
 from sievert.bundle.store import Bundle
+from sievert.calibration.collection import Collection
 from sievert.exporter.write import write_bundle
 from sievert.graph_passes.prune import add_variant
 from sievert.planning import make_profile
@@ -37,6 +38,16 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sievert.prune(path, cuts=(), name="slots", batch=2, decode_batch=3)
     sievert.prune(path, cuts=[sievert.Cut(keep="28%")], name="two", batch=2, images=2)
     return path
+
+
+@pytest.fixture(scope="session")
+def collected(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Collection:
+    """A real picture, ``a.png`` beside the data, and questions through iwp-22. Not to be changed."""
+    folder = tmp_path_factory.mktemp("quantise")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 120, 3)).astype(np.uint8)).save(folder / "a.png")
+    lines = [json.dumps({"image": "a.png", "prompt": prompt}) for prompt in PROMPTS[:3]]
+    (folder / "questions.jsonl").write_text("\n".join(lines) + "\n")
+    return sievert.collect(made, folder / "questions.jsonl", variant="iwp-22", decode_steps=1, out=folder / "data")
 
 
 @pytest.fixture

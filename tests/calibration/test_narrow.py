@@ -9,13 +9,13 @@ import onnx_ir as ir
 import pytest
 
 import sievert
-from sievert.bundle.errors import CalibrationError, VariantError
+from sievert.bundle.errors import CalibrationError, EngineError, VariantError
 from sievert.bundle.store import Bundle
 from sievert.calibration.collection import load_collection
 from sievert.engines.run.base import ModelFile
 from sievert.engines.run.ort import OnnxRuntime
 from sievert.graph_passes.narrow import fit
-from tests.calibration.conftest import edit_weight
+from tests.calibration.conftest import PROMPTS, edit_weight
 
 
 def test_a_planted_overflow_is_kept_and_the_variant_survives_it(bundle: Path, data: Path, tmp_path: Path):
@@ -56,6 +56,12 @@ def test_selector_and_interface_of_a_pruned_variant(bundle: Path, data: Path, tm
     scores = [value for node in model.graph for value in node.outputs if str(value.name).startswith("stage.0.scores")]
     assert [value.dtype for value in scores] == [ir.DataType.FLOAT]
     assert found.bytes == pytest.approx(found.bytes_before / 2, rel=0.01)
+    with pytest.raises(EngineError, match=r"Could not find an implementation.*`sievert build --engine onnxruntime`"):
+        sievert.run(bundle, data.parent / "a.png", PROMPTS[:1], variant="narrow")
+    report = sievert.check(bundle, variants=["narrow"], samples=2, tokens=2).outcomes[0].ran  # emulated without being built
+    assert report.verdict.value in ("PASS", "AMBIGUOUS") and report.dtype == "bfloat16", report.reason
+    sievert.build(bundle, variants=["narrow"], engines=["onnxruntime"])
+    assert sievert.run(bundle, data.parent / "a.png", PROMPTS[:1], variant="narrow").answers[0].tokens
     with pytest.raises(VariantError, match=r"quantised already \(bfloat16\)"):
         sievert.quantise(bundle, variant="narrow", format="int4")
     with pytest.raises(CalibrationError, match="holds no calibration data"):

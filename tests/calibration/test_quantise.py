@@ -25,19 +25,9 @@ from sievert.engines.run.base import ModelFile
 from sievert.engines.run.ort import OnnxRuntime
 from sievert.graph_passes.expose import expose, to_bytes
 from sievert.graph_passes.quantise import find_linears, selector_weights
-from tests.calibration.conftest import PROMPTS, edit_weight
+from tests.calibration.conftest import edit_weight
 
 FORMATS = ("int8", "fp8", "int4", "int8-weights")
-
-
-@pytest.fixture(scope="module")
-def collected(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Collection:
-    """Real pictures and questions through iwp-22."""
-    folder = tmp_path_factory.mktemp("quantise")
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 120, 3)).astype(np.uint8)).save(folder / "a.png")
-    lines = [json.dumps({"image": "a.png", "prompt": prompt}) for prompt in PROMPTS[:3]]
-    (folder / "questions.jsonl").write_text("\n".join(lines) + "\n")
-    return sievert.collect(made, folder / "questions.jsonl", variant="iwp-22", decode_steps=1, out=folder / "data")
 
 
 @pytest.fixture(scope="module")
@@ -250,12 +240,16 @@ def test_a_replaced_variant_leaves_what_others_read(quantised: Path, collected: 
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="TensorRT for RTX is not installed")
-@pytest.mark.parametrize("name", ["int8", "fp8", "int4"])
-def test_prefill_and_decode_build_for_rtx(quantised: Path, tmp_path: Path, name: str):
+@pytest.mark.parametrize("name", ["int8", "fp8", "int4", "bfloat16", "kv-bfloat16"])
+def test_prefill_and_decode_build_for_rtx(quantised: Path, collected: Collection, tmp_path: Path, name: str):
     from sievert.engines.build.process import build_engine
     from sievert.graph_passes.lint import lint
     from sievert.graph_passes.lower import lower
 
+    if name not in FORMATS:
+        quantised = Path(shutil.copytree(quantised, tmp_path / "more"))
+        options: dict[str, Any] = {"kv": "bfloat16"} if name.startswith("kv") else {"format": name}
+        sievert.quantise(quantised, variant="iwp-22", collection=collected.path, **options)
     bundle = Bundle.open(quantised)
     for graph in ("prefill", "decode"):
         lowered = lower(ir.load(bundle.graph_file(graph, variant=f"iwp-22-{name}")), "tensorrt-rtx")

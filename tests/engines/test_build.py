@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import logging
 import sys
 from pathlib import Path
 
@@ -23,6 +22,8 @@ from sievert.engines.build import builders
 from sievert.engines.build.builders import BUILDERS, unavailable_to_build
 from sievert.engines.build.process import build_engine
 from sievert.engines.build.variant import build
+from sievert.engines.run.base import ModelFile
+from sievert.engines.run.ort import OnnxRuntime
 from sievert.graph_passes.expose import to_bytes
 from sievert.graph_passes.lint import lint
 from tests.bundle.small import GEOMETRY, snapshot
@@ -184,11 +185,12 @@ def test_bfloat16_for_turing_is_refused_before_the_builder_does(tmp_path: Path):
     assert build(half, "v", "tensorrt-rtx", capabilities=["SM75"]).graphs["embed_tokens"].builder.endswith("SM75")
 
 
-def test_bfloat16_for_onnx_runtime_is_recorded_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_bfloat16_for_onnx_runtime_is_emulated(tmp_path: Path):
     bundle = make_bundle(tmp_path, "bfloat16", graphs=("decode",))
-    with caplog.at_level(logging.WARNING):
-        build(bundle, "v", "onnxruntime")
-    assert any("cpu-bfloat16" in record.getMessage() for record in caplog.records)
+    made = build(bundle, "v", "onnxruntime").graphs["decode"]
+    assert made.lowered != bundle.variant("v").graphs["decode"].file
+    session = OnnxRuntime(threads=1).load(ModelFile(bundle.path / made.lowered, made.built_from))
+    assert {spec.dtype for spec in session.inputs if spec.name.startswith("past")} == {"bfloat16"}
 
 
 def test_availability_is_one_sentence_with_the_remedy(monkeypatch: pytest.MonkeyPatch):

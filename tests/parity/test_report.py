@@ -65,5 +65,10 @@ def test_tolerances_widen_with_the_rounding() -> None:
     for finer, coarser in (("float32", "float16"), ("float16", "bfloat16")):
         assert all(getattr(TOLERANCES[finer], kind) < getattr(TOLERANCES[coarser], kind) for kind in kinds)
         assert TOLERANCES[finer].selection.score < TOLERANCES[coarser].selection.score
+    alone, exact = tolerances_for("float32", "float16"), tolerances_for("float32")
+    assert (alone.logits, alone.residual) == (exact.logits, exact.residual)  # nothing before the caches is forgiven
+    assert exact.stored == exact.cache < alone.stored < alone.stored_later
+    assert alone.stored < tolerances_for("float32", "bfloat16").stored
+    assert exact.decoded == exact.logits < alone.decoded < tolerances_for("float16").logits
     with pytest.raises(InputError, match="'float8'.*float32, float16, bfloat16"):
         tolerances_for("float8")
