@@ -10,7 +10,7 @@ EXTRAS ?= cpu,tensorrt-rtx,dev
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed.stamp
 
-.PHONY: help demo test test-all lint types links tables accuracy agreement families memory precision sequential tuning performance gpu clean
+.PHONY: help demo test test-all lint types links tables accuracy agreement families formats memory precision sequential tuning performance gpu clean
 
 help:
 	@echo "make demo      export, prune, build, check and ask the shipped model"
@@ -22,6 +22,7 @@ help:
 	@echo "make accuracy  the accuracy table of the shipped model (long)"
 	@echo "make agreement every selector against PyTorch on the shipped model, and built for TensorRT for RTX (long)"
 	@echo "make families  every model family, from checkpoint to engines (long)"
+	@echo "make formats   every number format of prefill and decode, built for TensorRT for RTX: sizes (long; 10 GB of disk)"
 	@echo "make memory    peak memory from a checkpoint to engines, at 0.5 and 3 billion parameters (long; 25 GB of disk)"
 	@echo "make precision what number formats cost the shipped model (long)"
 	@echo "make sequential what selectors that choose one by one cost"
@@ -63,6 +64,9 @@ agreement: $(STAMP)
 
 families: $(STAMP)
 	$(BIN)/python benchmarks/families.py
+
+formats: $(STAMP)
+	$(BIN)/python benchmarks/formats.py
 
 memory: $(STAMP)
 	$(BIN)/python benchmarks/memory.py

@@ -159,6 +159,7 @@ Checkpoint = Annotated[
 ]
 Strict = Annotated[bool, Option("--strict", help="End with 3 where near ties leave a verdict AMBIGUOUS.")]
 JsonFile = Annotated[Path | None, Option("--json", metavar="FILE", help="Write every number to a file.")]
+PlotFile = Annotated[Path | None, Option("--plot", metavar="FILE", help="Draw the bars as PNG, with sievert[plot].")]
 
 # run
 ImageFiles = Annotated[

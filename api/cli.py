@@ -191,7 +191,7 @@ app.command(
 app.command(
     epilog=examples(
         "sensitivity my-bundle --collection my-data",
-        "sensitivity my-bundle --collection my-data --format int4 --json worst.json",
+        "sensitivity my-bundle --collection my-data --format int4 --json worst.json --plot worst.png",
     )
 )(cli_calibrate.sensitivity)
 app.command(epilog=examples("inspect my-bundle", "inspect my-bundle --verify", "inspect my-bundle --plan iwp-22"))(cli_look.inspect)

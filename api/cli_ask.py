@@ -89,14 +89,12 @@ def run(
     from sievert.engines.run.videos import load_video
     from sievert.running import run as ask
 
-    if show_kept is not None and show_kept.suffix.lower() != ".png":
-        raise InputError(f"--show-kept {show_kept}: give a file name that ends in .png")
+    if show_kept is not None:
+        require_png("--show-kept", show_kept)
     if bool(image) == bool(video):
         raise InputError("give what the question is about: either --image, once for each image, or --video")
     if fps is not None and not video:
         raise InputError("--fps is the rate of --video: leave it out, or give a video")
-    if show_kept is not None:
-        require_folder(show_kept)
     screen = Screen()
     speaker = _Speaker(screen, prompt)
     with screen.progress() as progress:
@@ -180,6 +178,15 @@ def require_folder(path: Path) -> None:
     if path.is_dir() or not path.absolute().parent.is_dir():
         reason = "it is a folder" if path.is_dir() else f"there is no folder {path.parent}"
         raise InputError(f"{path} cannot be written ({reason}): give another place")
+
+
+def require_png(option: str, path: Path) -> None:
+    """Refuse a place for a picture before the work that makes it."""
+    from sievert.bundle.errors import InputError
+
+    if path.suffix.lower() != ".png":
+        raise InputError(f"{option} {path}: give a file name that ends in .png")
+    require_folder(path)
 
 
 def write_file(path: Path, data: bytes) -> None:

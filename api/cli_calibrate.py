@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 
 from sievert import arguments as a
-from sievert.cli_ask import require_folder, write_file
+from sievert.cli_ask import require_folder, require_png, write_file
 from sievert.console import Screen
 
 
@@ -148,14 +148,19 @@ def sensitivity(
     samples: a.SensitivitySamples = 32,
     random: a.RandomScales = False,
     report: a.JsonFile = None,
+    plot: a.PlotFile = None,
 ) -> None:
     """Quantise one layer at a time and measure what the first answers lose: which layers to leave as they are."""
     from sievert import tables_calibrate as tables
+    from sievert.plotting import draw_sensitivity, require_pyplot
     from sievert.sensing import sensitivity as measure
 
     screen = Screen()
     if report is not None:
         require_folder(report)
+    if plot is not None:
+        require_png("--plot", plot)
+        require_pyplot()
     with screen.progress() as progress:
         found = measure(
             bundle,
@@ -172,6 +177,9 @@ def sensitivity(
     screen.show(tables.sensitivity_table(found))
     for line in tables.sensitivity_lines(found):
         screen.show(line)
+    if plot is not None:
+        write_file(plot, draw_sensitivity(found))
+        screen.show(f"The same as bars: {shlex.quote(str(plot))}")
     if report is not None:
         write_file(report, (json.dumps(found.to_json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
         place, file = shlex.quote(str(bundle)), shlex.quote(str(report))

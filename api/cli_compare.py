@@ -7,7 +7,7 @@ from io import BytesIO
 from pathlib import Path
 
 from sievert import arguments as a
-from sievert.cli_ask import require_folder, write_file
+from sievert.cli_ask import require_png, write_file
 from sievert.console import Screen
 from sievert.progress import Size
 
@@ -66,14 +66,11 @@ def compare_selectors(
     out: a.PictureFile = Path("compare.png"),
 ) -> None:
     """Ask one question with every selector, and draw what each of them keeps. The bundle stays as it is."""
-    from sievert.bundle.errors import InputError
     from sievert.comparing import compare_selectors as compare
     from sievert.drawing import draw_comparison
     from sievert.tables_compare import comparison_table
 
-    if out.suffix.lower() != ".png":
-        raise InputError(f"--out {out}: give a file name that ends in .png")
-    require_folder(out)
+    require_png("--out", out)
     screen = Screen()
     with screen.progress() as progress:
         found = compare(

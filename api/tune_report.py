@@ -10,7 +10,6 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ from sievert.calibration.scores import INTERVALS
 from sievert.calibration.tune_place import REPORT
 from sievert.plan_file import write_plan
 from sievert.planning import describe_plan
+from sievert.plotting import find_pyplot, to_png
 
 if TYPE_CHECKING:
     from sievert.calibration.scores import Estimate
@@ -73,13 +73,8 @@ def draw_front(tuned: Tuned) -> bytes | None:
     """Scores over costs, as PNG: every plan that was asked everything, the front, and the chosen plan on the other questions. None without
     matplotlib.
     """
-    try:
-        import matplotlib as mpl
-    except ImportError:
+    if (plt := find_pyplot()) is None:
         return None
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
     result, goal = tuned.result, tuned.task.goal
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     asked = [trial for trial in result.found.trials if trial.score.count == len(tuned.task.split.tuning)]
@@ -102,10 +97,7 @@ def draw_front(tuned: Tuned) -> bytes | None:
     axes.set(xlabel="prefill FLOPs, % of unpruned", ylabel=f"{tuned.task.split.metric}, % of unpruned")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="lower right")
-    drawn = BytesIO()
-    figure.savefig(drawn, dpi=110, format="png", metadata={"Software": None})
-    plt.close(figure)
-    return drawn.getvalue()
+    return to_png(plt, figure)
 
 
 def _bars(scores: Sequence[Estimate]) -> list[list[float]]:

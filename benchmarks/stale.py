@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.accuracy import MEASURED
 from benchmarks.agreement import MEASURED as AGREEMENT
 from benchmarks.families import MEASURED as FAMILIES
+from benchmarks.formats import MEASURED as FORMATS
 from benchmarks.memory import MEASURED as MEMORY
 from benchmarks.performance import MEASURED as PERFORMANCE
 from benchmarks.precision import MEASURED as PRECISION
@@ -22,6 +23,7 @@ TABLES = {
     "docs/accuracy.md": (MEASURED, "make accuracy"),
     "docs/agreement.md": (AGREEMENT, "make agreement"),
     "docs/families.md": (FAMILIES, "make families"),
+    "docs/formats.md": (FORMATS, "make formats"),
     "docs/memory.md": (MEMORY, "make memory"),
     "docs/performance.md": (PERFORMANCE, "make performance"),
     "docs/precision.md": (PRECISION, "make precision"),

@@ -22,7 +22,7 @@ from sievert.graph_passes.expose import to_bytes
 from sievert.graph_passes.lint import lint
 from sievert.graph_passes.lower import lower
 
-__all__ = ["Progress", "build", "unavailable_to_build"]
+__all__ = ["Lowered", "Progress", "build", "lower_graph", "unavailable_to_build"]
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +32,8 @@ _FLOAT8_SINCE: Final = 89
 
 
 @dataclass(frozen=True)
-class _Lowered:
-    """A graph for the target: its file's name in the bundle if nothing was to lower, and else the new content."""
+class Lowered:
+    """A graph for the target: its file's ``name`` in the bundle, and the new ``content`` unless nothing was to lower."""
 
     name: str
     content: bytes | None
@@ -70,7 +70,7 @@ def build(
         variant = bundle.variant(variant_name)
         _check_precision(builder, variant_name, variant, chosen)
         graphs = {name: entry.file for name, entry in variant.graphs.items()}
-        lowered = {name: _lower_graph(bundle, builder, name, file) for name, file in graphs.items()}
+        lowered = {name: lower_graph(bundle, builder, name, file) for name, file in graphs.items()}
         if "SM75" in chosen and (half := [name for name, graph in lowered.items() if graph.bfloat16]):
             raise EngineError(f"{', '.join(half)} compute in bfloat16, which Turing (SM75) has not: leave SM75 out, or export in float16")
         made = {}
@@ -83,11 +83,13 @@ def build(
     return entry
 
 
-def _lower_graph(bundle: Bundle, builder: Builder, name: str, file: str) -> _Lowered:
-    """Lower and lint one graph.
+def lower_graph(bundle: Bundle, builder: Builder, name: str, file: str) -> Lowered:
+    """Lower and lint the graph ``name`` of the bundle, which is in ``file``.
 
     Raises:
         EngineError: lint found errors.
+        GraphError: it cannot be lowered.
+        IntegrityError: the file is not the one that the manifest lists.
     """
     check_file(bundle.path, bundle.manifest, file, full=True)
     model = ir.load(bundle.file(file))
@@ -102,11 +104,11 @@ def _lower_graph(bundle: Bundle, builder: Builder, name: str, file: str) -> _Low
         raise EngineError(f"{builder.engine} would refuse {name}: " + "; ".join(errors[:3]) + more)
     content = to_bytes(lowered)
     half = any(value.dtype == ir.DataType.BFLOAT16 for node in lowered.graph for value in node.outputs)
-    return _Lowered(file, None if content == to_bytes(model) else content, half)
+    return Lowered(file, None if content == to_bytes(model) else content, half)
 
 
 def _build_graph(
-    step: OpenStep, builder: Builder, stem: str, graph: _Lowered, capabilities: tuple[str, ...], progress: Callable[[float], None]
+    step: OpenStep, builder: Builder, stem: str, graph: Lowered, capabilities: tuple[str, ...], progress: Callable[[float], None]
 ) -> EngineFile:
     start = time.monotonic()
     source = graph.name if graph.content is None else step.add_bytes(f"{stem}.{builder.target}", ".onnx", graph.content)
