@@ -58,6 +58,16 @@ SampleImages = Annotated[
     ),
 ]
 
+ShareWeights = Annotated[
+    str,
+    Option(
+        "--share-weights",
+        metavar="BUNDLE",
+        help="A bundle of the same checkpoint and dtype for another image size: both have one weights file, by a hard link.",
+        show_default=False,
+    ),
+]
+
 # export, prune and inspect
 SamplePrompts = Annotated[
     list[str] | None,

@@ -110,6 +110,7 @@ app.command(
         "export checkpoint my-bundle --selector pyramiddrop",
         "export checkpoint my-bundle --no-prune",
         'export checkpoint my-bundle --sample-image photo.png --sample-prompt "what is this?"',
+        "export checkpoint wide-bundle --image-size 448x896 --share-weights my-bundle",
     )
 )(cli_make.export)
 app.command(

@@ -35,6 +35,7 @@ def export(
     frames: m.Frames = 0,
     sample_prompt: m.SamplePrompts = None,
     sample_image: m.SampleImages = None,
+    share_weights: m.ShareWeights = "",
     engine: a.SomeEngines = None,
     force: a.Force = False,
 ) -> None:
@@ -69,6 +70,7 @@ def export(
             frames=frames,
             sample_prompts=sample_prompt or [],
             sample_images=sample_image or [],
+            share_weights=share_weights,
             engines=engine or ["onnxruntime"],
             force=force,
             progress=progress,

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 
 from sievert.building import Built, build_variant, require_builders
 from sievert.bundle.create import check_place
-from sievert.bundle.errors import InputError, SievertError
+from sievert.bundle.errors import BundleError, InputError, SievertError
 from sievert.bundle.names import FULL
 from sievert.bundle.plan import Plan
 from sievert.bundle.specs import Geometry
+from sievert.bundle.store import Bundle
 from sievert.engines.run.images import load_image
 from sievert.plan_file import choose_cuts
 from sievert.planning import DEFAULT_TEXT, Cut, Positions, describe_profile, make_plan, make_profile, name_variant
@@ -55,6 +56,7 @@ def export(
     frames: int = 0,
     sample_prompts: Sequence[str] = (),
     sample_images: Sequence[str | Path] = (),
+    share_weights: str | Path = "",
     engines: Sequence[str] = ("onnxruntime",),
     force: bool = False,
     progress: Progress = silent,
@@ -70,10 +72,13 @@ def export(
     those of one prompt: ``images`` ``auto`` is their number, or 1, and where a model takes several sizes and ``image_size`` is not given,
     the first decides.
 
+    ``share_weights`` is the bundle of another export of the same checkpoint and dtype, for another image size: its weights file becomes
+    this one's too, as a hard link, after every byte was compared. What depends on the size stays each bundle's own.
+
     Raises:
         CheckpointError, UnsupportedModelError: no checkpoint, or one that is not exported.
         PlanError, ProfileError, InputError: what is asked for does not fit the model.
-        BundleError: ``out`` is taken or cannot be written.
+        BundleError: ``out`` is taken or cannot be written, or the weights are not those of ``share_weights``.
         GraphError: the model's graphs have not the structure the passes need.
         EngineUnavailableError, EngineError: an engine cannot be built here; the bundle and its variants stay.
     """
@@ -84,6 +89,7 @@ def export(
     target = Path(out) if str(out) else default_place(model)
     require_builders(engines)
     check_place(target.expanduser().resolve(), force=force)
+    share = open_to_share(share_weights, target.expanduser().resolve(), dtype) if str(share_weights) else None
     pictures = load_samples(sample_images, sample_prompts, max_text=max_text, images=images, frames=frames)
     images = (len(pictures) or 1) if images == "auto" else images
     sample_size = (pictures[0].height, pictures[0].width) if pictures else None
@@ -107,8 +113,9 @@ def export(
     progress("writing the weights")
     size = f" --image-size {geometry.image_height}x{geometry.image_width}" if image_size or sample_size else ""
     size += f" --frames {frames}" if frames else ""
+    size += f" --share-weights {share_weights}" if share else ""
     command = f"export {model} --dtype {dtype}{size} {describe_profile(profile)}"
-    bundle = write_bundle(exported, target.expanduser(), force=force, command=command)
+    bundle = write_bundle(exported, target.expanduser(), force=force, command=command, share=share)
     del exported  # the weights: gigabytes that engines are built without
     try:
         made = [add(bundle, plan=plan, profile=profile, name=each, force=False, progress=progress) for each, plan in plans.items()]
@@ -118,6 +125,23 @@ def export(
         error.add_note(f"The bundle {target} stays (variants: {there}): go on with `sievert prune` and `sievert build`.")
         raise
     return ExportResult(bundle.path, tuple(made), tuple(built))
+
+
+def open_to_share(path: str | Path, target: Path, dtype: DType) -> Bundle:
+    """The bundle whose weights one at ``target`` shall share, as far as can be said before the model is read.
+
+    Raises:
+        BundleError: no bundle, one of another dtype, the one that is replaced, or one on another filesystem.
+    """
+    bundle = Bundle.open(Path(path).expanduser())
+    if bundle.path == target:
+        raise BundleError(f"{target} is to share its weights with itself: choose another path for the new bundle")
+    if (other := bundle.manifest.source.dtype) != dtype:
+        raise BundleError(f"{path} holds {other} weights and this export {dtype} ones, so they cannot be shared: give --dtype {other}")
+    nearest = next(folder for folder in (target.parent, *target.parent.parents) if folder.exists())
+    if nearest.stat().st_dev != bundle.path.stat().st_dev:
+        raise BundleError(f"{path} is on another filesystem than {nearest}: a file can only be shared on one; leave --share-weights out")
+    return bundle
 
 
 def parse_size(text: str) -> tuple[int, int]:

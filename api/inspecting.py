@@ -38,7 +38,7 @@ class Inspection:
     """A bundle's manifest, with what can be computed from it: sizes in bytes by kind of file, caches by variant, lint findings.
 
     ``sample_text`` are the text tokens of the longest sample prompt by the number of images of a prompt, template included; empty without
-    samples.
+    samples. ``shared_by`` is how many bundles have the weights file.
     """
 
     path: Path
@@ -48,6 +48,7 @@ class Inspection:
     caches: Mapping[str, CacheInfo]
     lint: tuple[LintLine, ...]
     sample_text: Mapping[int, int]
+    shared_by: int
 
 
 def inspect(bundle: str | Path, *, verify: bool = False, sample_prompts: Sequence[str] = (), progress: Progress = silent) -> Inspection:
@@ -71,6 +72,7 @@ def inspect(bundle: str | Path, *, verify: bool = False, sample_prompts: Sequenc
         caches={name: measure_caches(manifest, name) for name in manifest.variants},
         lint=tuple(line for name in manifest.variants for line in lint_variant(opened, name, progress)),
         sample_text=sample_text,
+        shared_by=opened.weights_path.stat().st_nlink,
     )
 
 
@@ -79,9 +81,9 @@ def measure(manifest: Manifest) -> dict[str, int]:
     sizes = dict.fromkeys(
         ("weights", "quantised weights", "dynamic graphs", "variants' graphs", "engines", "tokenizer and configuration"), 0
     )
-    dynamic = {entry.file for entry in manifest.graphs.values()}
+    weights, dynamic = {manifest.weights_file, *map(manifest.place, manifest.weights)}, {entry.file for entry in manifest.graphs.values()}
     for name, entry in manifest.files.items():
-        if name == manifest.weights_file:
+        if name in weights:
             kind = "weights"
         elif name.endswith(".data"):
             kind = "quantised weights"

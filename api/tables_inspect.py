@@ -82,7 +82,8 @@ def shorten_specs(specs: Sequence[TensorSpec]) -> list[str]:
 def _sizes(found: Inspection) -> Table:
     table = make_table("Sizes", "what", "size", numbers=("size",))
     for kind, count in found.sizes.items():
-        table.add_row(kind, describe_bytes(count))
+        shared = f" (one file, shared by {found.shared_by} bundles)" if kind == "weights" and found.shared_by > 1 else ""
+        table.add_row(kind + shared, describe_bytes(count))
     table.add_row("in all", describe_bytes(sum(found.sizes.values())))
     return table
 

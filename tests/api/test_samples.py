@@ -48,7 +48,7 @@ def test_inspect_says_what_a_prompt_comes_to(shared: Path):
     words = " ".join(said.out.split())
     assert "The longest sample prompt: 16 visual + 8 text tokens (template included) = 24; those that take it: full, iwp-22" in words
     manifest = Bundle.open(shared).manifest
-    found = Inspection(shared, manifest, verified=False, sizes={}, caches={}, lint=(), sample_text={1: 28})
+    found = Inspection(shared, manifest, verified=False, sizes={}, caches={}, lint=(), sample_text={1: 28}, shared_by=1)
     assert "16 visual + 28 text tokens (template included) = 44; no variant takes it; sievert prune --max-text 32" in describe_sample(found)
     assert sievert("inspect", shared, "--sample-prompt", " ").code == 2
 
