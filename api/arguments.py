@@ -9,14 +9,6 @@ from typing import Annotated
 from typer import Argument, Option
 
 
-class DTypeName(StrEnum):
-    """Floating point type of a bundle."""
-
-    float32 = "float32"
-    float16 = "float16"
-    bfloat16 = "bfloat16"
-
-
 class NarrowDTypeName(StrEnum):
     """Floating point type that ranges are judged for."""
 
@@ -50,9 +42,8 @@ class PositionName(StrEnum):
     compact = "compact"
 
 
-_CUT, _SIZE, _SAMPLES, _CHOICE = "What to drop", "Sizes the graphs are made for", "What to compare", "How to answer"
+_CUT, SIZES, _SAMPLES, _CHOICE = "What to drop", "Sizes the graphs are made for", "What to compare", "How to answer"
 _DATA = "What goes through the graphs"
-_AS_FULL = "Default: as full."
 
 BundlePath = Annotated[Path, Argument(metavar="BUNDLE", help="The bundle's folder.", show_default=False)]
 Force = Annotated[bool, Option("--force", help="Replace what has that name.")]
@@ -60,32 +51,14 @@ SomeVariants = Annotated[list[str] | None, Option("--variant", metavar="NAME", h
 SomeEngines = Annotated[list[str] | None, Option("--engine", metavar="NAME", help="May be repeated. Default: onnxruntime.")]
 RawPrompt = Annotated[bool, Option("--raw-prompt", help="Prompts are the model's whole input: no chat template.")]
 
-# export
-Model = Annotated[str, Argument(metavar="MODEL", help="A checkpoint's folder, or a hub id (owner/name).", show_default=False)]
-Out = Annotated[str, Argument(metavar="[OUT]", help="Folder to make. Default: NAME-bundle, here.", show_default=False)]
-DType = Annotated[DTypeName, Option("--dtype", help="Floating point type of the graphs.")]
-NoPrune = Annotated[bool, Option("--no-prune", help="Make the unpruned variant only.")]
-MaxText = Annotated[int, Option("--max-text", metavar="N", help="Tokens of a prompt beside the image's.", rich_help_panel=_SIZE)]
-MaxNewTokens = Annotated[int, Option("--max-new-tokens", metavar="N", help="Tokens of an answer.", rich_help_panel=_SIZE)]
-Batch = Annotated[int, Option("--batch", metavar="N", help="Prompts read at once.", rich_help_panel=_SIZE)]
+# export and prune-onnx
+MaxText = Annotated[int, Option("--max-text", metavar="N", help="Tokens of a prompt beside the image's.", rich_help_panel=SIZES)]
+MaxNewTokens = Annotated[int, Option("--max-new-tokens", metavar="N", help="Tokens of an answer.", rich_help_panel=SIZES)]
+Batch = Annotated[int, Option("--batch", metavar="N", help="Prompts read at once.", rich_help_panel=SIZES)]
 DecodeBatch = Annotated[
-    int | None, Option("--decode-batch", metavar="N", help="Answers written at once. Default: as --batch.", rich_help_panel=_SIZE)
+    int | None, Option("--decode-batch", metavar="N", help="Answers written at once. Default: as --batch.", rich_help_panel=SIZES)
 ]
-Images = Annotated[int, Option("--images", metavar="N", help="Images in each prompt.", rich_help_panel=_SIZE)]
-Frames = Annotated[
-    int,
-    Option("--frames", metavar="N", help="Each prompt has a video of N frames in place of images. 0: none.", rich_help_panel=_SIZE),
-]
-ImageSize = Annotated[
-    str,
-    Option(
-        "--image-size",
-        metavar="HEIGHTxWIDTH|FILE",
-        help="Pixels of the images, or an image of that size, where a model takes several sizes. Default: its own.",
-        rich_help_panel=_SIZE,
-        show_default=False,
-    ),
-]
+Images = Annotated[int, Option("--images", metavar="N", help="Images in each prompt.", rich_help_panel=SIZES)]
 
 # export and prune
 Layers = Annotated[
@@ -118,24 +91,6 @@ PlanFile = Annotated[
 VariantName = Annotated[
     str,
     Option("--name", metavar="NAME", help="Name of the variant. Default: iwp-22 and the like.", show_default=False, rich_help_panel=_CUT),
-]
-MaxTextAsFull = Annotated[
-    int | None, Option("--max-text", metavar="N", help=f"Tokens of a prompt beside the image's. {_AS_FULL}", rich_help_panel=_SIZE)
-]
-MaxNewTokensAsFull = Annotated[
-    int | None, Option("--max-new-tokens", metavar="N", help=f"Tokens of an answer. {_AS_FULL}", rich_help_panel=_SIZE)
-]
-BatchAsFull = Annotated[int | None, Option("--batch", metavar="N", help=f"Prompts read at once. {_AS_FULL}", rich_help_panel=_SIZE)]
-DecodeBatchAsFull = Annotated[
-    int | None,
-    Option("--decode-batch", metavar="N", help="Answers written at once. Default: as full, or as --batch.", rich_help_panel=_SIZE),
-]
-ImagesAsFull = Annotated[int | None, Option("--images", metavar="N", help=f"Images in each prompt. {_AS_FULL}", rich_help_panel=_SIZE)]
-
-# build
-Capabilities = Annotated[
-    list[str] | None,
-    Option("--capability", metavar="SM89", help="GPU generation to build for; may be repeated. Default: the builder's."),
 ]
 
 # check

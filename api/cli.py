@@ -109,6 +109,8 @@ app.command(
         "export checkpoint my-bundle --layer 4 --keep 50% --layer 8 --keep 22%",
         "export checkpoint my-bundle --selector pyramiddrop",
         "export checkpoint my-bundle --no-prune",
+        'export checkpoint my-bundle --sample-image photo.png --sample-prompt "what is this?"',
+        "export checkpoint wide-bundle --image-size 448x896 --share-weights my-bundle",
     )
 )(cli_make.export)
 app.command(
@@ -194,7 +196,14 @@ app.command(
         "sensitivity my-bundle --collection my-data --format int4 --json worst.json --plot worst.png",
     )
 )(cli_calibrate.sensitivity)
-app.command(epilog=examples("inspect my-bundle", "inspect my-bundle --verify", "inspect my-bundle --plan iwp-22"))(cli_look.inspect)
+app.command(
+    epilog=examples(
+        "inspect my-bundle",
+        "inspect my-bundle --verify",
+        "inspect my-bundle --plan iwp-22",
+        'inspect my-bundle --sample-prompt "what is this?"',
+    )
+)(cli_look.inspect)
 app.command("list", epilog=examples("list"))(cli_look.list_choices)
 app.command(epilog=examples("doctor"))(cli_look.doctor)
 

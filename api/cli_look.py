@@ -7,10 +7,17 @@ import shlex
 from rich.markup import escape
 
 from sievert import arguments as a
+from sievert import arguments_make as m
 from sievert.console import Screen
 
 
-def inspect(bundle: a.BundlePath, verify: a.Verify = False, tensors: a.Tensors = False, plan: a.PlanOf = "") -> None:
+def inspect(
+    bundle: a.BundlePath,
+    verify: a.Verify = False,
+    tensors: a.Tensors = False,
+    plan: a.PlanOf = "",
+    sample_prompt: m.SamplePrompts = None,
+) -> None:
     """Show what is in a bundle: variants, graphs, plans, caches, sizes, engines, lint, history."""
     from sievert.inspecting import inspect as look
     from sievert.tables_inspect import inspection
@@ -23,7 +30,7 @@ def inspect(bundle: a.BundlePath, verify: a.Verify = False, tensors: a.Tensors =
         screen.write(write_plan(Bundle.open(bundle, verify="full" if verify else "size").variant(plan).plan), end="")
         return
     with screen.progress() as progress:
-        found = look(bundle, verify=verify, progress=progress)
+        found = look(bundle, verify=verify, sample_prompts=sample_prompt or [], progress=progress)
     for each in inspection(found, tensors=tensors):
         screen.show(each)
         screen.show()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sievert import arguments as a
+from sievert import arguments_make as m
 from sievert.console import Screen
 
 if TYPE_CHECKING:
@@ -14,9 +15,9 @@ if TYPE_CHECKING:
 
 
 def export(
-    model: a.Model,
-    out: a.Out = "",
-    dtype: a.DType = a.DTypeName.float32,
+    model: m.Model,
+    out: m.Out = "",
+    dtype: m.DType = m.DTypeName.float32,
     layer: a.Layers = None,
     keep: a.Keeps = None,
     selector: a.Selectors = None,
@@ -24,14 +25,17 @@ def export(
     positions: a.Positions = None,
     plan: a.PlanFile = "",
     name: a.VariantName = "",
-    no_prune: a.NoPrune = False,
-    max_text: a.MaxText = 128,
+    no_prune: m.NoPrune = False,
+    max_text: m.MaxText = None,
     max_new_tokens: a.MaxNewTokens = 128,
     batch: a.Batch = 1,
     decode_batch: a.DecodeBatch = None,
-    images: a.Images = 1,
-    image_size: a.ImageSize = "",
-    frames: a.Frames = 0,
+    images: m.Images = None,
+    image_size: m.ImageSize = "",
+    frames: m.Frames = 0,
+    sample_prompt: m.SamplePrompts = None,
+    sample_image: m.SampleImages = None,
+    share_weights: m.ShareWeights = "",
     engine: a.SomeEngines = None,
     force: a.Force = False,
 ) -> None:
@@ -58,12 +62,15 @@ def export(
             positions=positions.value if positions else "auto",
             plan=plan,
             name=name,
-            max_text=max_text,
+            max_text="auto" if max_text is None else max_text,
             max_new_tokens=max_new_tokens,
             batch=batch,
             decode_batch="auto" if decode_batch is None else decode_batch,
-            images=images,
+            images="auto" if images is None else images,
             frames=frames,
+            sample_prompts=sample_prompt or [],
+            sample_images=sample_image or [],
+            share_weights=share_weights,
             engines=engine or ["onnxruntime"],
             force=force,
             progress=progress,
@@ -83,11 +90,12 @@ def prune(
     positions: a.Positions = None,
     plan: a.PlanFile = "",
     name: a.VariantName = "",
-    max_text: a.MaxTextAsFull = None,
-    max_new_tokens: a.MaxNewTokensAsFull = None,
-    batch: a.BatchAsFull = None,
-    decode_batch: a.DecodeBatchAsFull = None,
-    images: a.ImagesAsFull = None,
+    max_text: m.MaxTextAsFull = None,
+    max_new_tokens: m.MaxNewTokensAsFull = None,
+    batch: m.BatchAsFull = None,
+    decode_batch: m.DecodeBatchAsFull = None,
+    images: m.ImagesAsFull = None,
+    sample_prompt: m.SamplePrompts = None,
     force: a.Force = False,
 ) -> None:
     """Add a variant to a bundle that drops visual tokens before a decoder layer.
@@ -111,6 +119,7 @@ def prune(
             batch="auto" if batch is None else batch,
             decode_batch="auto" if decode_batch is None else decode_batch,
             images="auto" if images is None else images,
+            sample_prompts=sample_prompt or [],
             force=force,
             progress=progress,
         )
@@ -123,7 +132,7 @@ def build(
     bundle: a.BundlePath,
     variant: a.SomeVariants = None,
     engine: a.SomeEngines = None,
-    capability: a.Capabilities = None,
+    capability: m.Capabilities = None,
 ) -> None:
     """Build engines for variants of a bundle."""
     from sievert import tables

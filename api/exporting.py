@@ -12,17 +12,20 @@ from typing import TYPE_CHECKING
 
 from sievert.building import Built, build_variant, require_builders
 from sievert.bundle.create import check_place
-from sievert.bundle.errors import InputError, SievertError
+from sievert.bundle.errors import BundleError, InputError, SievertError
 from sievert.bundle.names import FULL
 from sievert.bundle.plan import Plan
 from sievert.bundle.specs import Geometry
+from sievert.bundle.store import Bundle
 from sievert.engines.run.images import load_image
 from sievert.plan_file import choose_cuts
-from sievert.planning import Cut, Positions, describe_profile, make_plan, make_profile, name_variant
+from sievert.planning import DEFAULT_TEXT, Cut, Positions, describe_profile, make_plan, make_profile, name_variant
 from sievert.progress import Progress, Size, silent
 from sievert.pruning import Made, add, check_name
+from sievert.sampling import count_text, leave_room, load_samples
 
 if TYPE_CHECKING:
+    from sievert.exporter.export import Examined
     from sievert.exporter.load import DType
 
 
@@ -45,12 +48,15 @@ def export(
     positions: Positions = "auto",
     plan: str | Path | Plan = "",
     name: str = "",
-    max_text: int = 128,
+    max_text: Size = "auto",
     max_new_tokens: int = 128,
     batch: int = 1,
     decode_batch: Size = "auto",
-    images: int = 1,
+    images: Size = "auto",
     frames: int = 0,
+    sample_prompts: Sequence[str] = (),
+    sample_images: Sequence[str | Path] = (),
+    share_weights: str | Path = "",
     engines: Sequence[str] = ("onnxruntime",),
     force: bool = False,
     progress: Progress = silent,
@@ -62,10 +68,17 @@ def export(
     video has that each prompt has instead. What was asked for is checked against the model's configuration before its weights are read.
     ``force`` replaces a bundle.
 
+    ``max_text`` ``auto`` is what the longest of ``sample_prompts`` takes, rounded up to a multiple of 16, or 128. ``sample_images`` are
+    those of one prompt: ``images`` ``auto`` is their number, or 1, and where a model takes several sizes and ``image_size`` is not given,
+    the first decides.
+
+    ``share_weights`` is the bundle of another export of the same checkpoint and dtype, for another image size: its weights file becomes
+    this one's too, as a hard link, after every byte was compared. What depends on the size stays each bundle's own.
+
     Raises:
         CheckpointError, UnsupportedModelError: no checkpoint, or one that is not exported.
         PlanError, ProfileError, InputError: what is asked for does not fit the model.
-        BundleError: ``out`` is taken or cannot be written.
+        BundleError: ``out`` is taken or cannot be written, or the weights are not those of ``share_weights``.
         GraphError: the model's graphs have not the structure the passes need.
         EngineUnavailableError, EngineError: an engine cannot be built here; the bundle and its variants stay.
     """
@@ -76,18 +89,33 @@ def export(
     target = Path(out) if str(out) else default_place(model)
     require_builders(engines)
     check_place(target.expanduser().resolve(), force=force)
-    geometry = read_geometry(model, image_size=image_size, images=images, frames=frames, progress=progress)
+    share = open_to_share(share_weights, target.expanduser().resolve(), dtype) if str(share_weights) else None
+    pictures = load_samples(sample_images, sample_prompts, max_text=max_text, images=images, frames=frames)
+    images = (len(pictures) or 1) if images == "auto" else images
+    sample_size = (pictures[0].height, pictures[0].width) if pictures else None
+    examined = examine(model, image_size=image_size, sample_size=sample_size, images=images, frames=frames, progress=progress)
+    geometry = examined.geometry
+    if sample_prompts:
+        progress("reading the sample prompts")
+        folder, kind = examined.checkpoint.folder, examined.processor
+        max_text = leave_room(count_text(folder, geometry, sample_prompts, images=images, pictures=pictures, kind=kind))
     profile = make_profile(
-        geometry, batch=batch, decode_batch=decode_batch, images=images, max_text=max_text, max_new_tokens=max_new_tokens
+        geometry,
+        batch=batch,
+        decode_batch=decode_batch,
+        images=images,
+        max_text=DEFAULT_TEXT if max_text == "auto" else max_text,
+        max_new_tokens=max_new_tokens,
     )
     plans = name_plans(geometry, cuts, positions=positions, name=name, images=images)
     progress("tracing the model")
-    exported = export_model(model, dtype=dtype, image_size=image_size, images=images, frames=frames)
+    exported = export_model(model, dtype=dtype, image_size=(geometry.image_height, geometry.image_width), images=images, frames=frames)
     progress("writing the weights")
-    size = f" --image-size {geometry.image_height}x{geometry.image_width}" if image_size else ""
+    size = f" --image-size {geometry.image_height}x{geometry.image_width}" if image_size or sample_size else ""
     size += f" --frames {frames}" if frames else ""
+    size += f" --share-weights {share_weights}" if share else ""
     command = f"export {model} --dtype {dtype}{size} {describe_profile(profile)}"
-    bundle = write_bundle(exported, target.expanduser(), force=force, command=command)
+    bundle = write_bundle(exported, target.expanduser(), force=force, command=command, share=share)
     del exported  # the weights: gigabytes that engines are built without
     try:
         made = [add(bundle, plan=plan, profile=profile, name=each, force=False, progress=progress) for each, plan in plans.items()]
@@ -97,6 +125,23 @@ def export(
         error.add_note(f"The bundle {target} stays (variants: {there}): go on with `sievert prune` and `sievert build`.")
         raise
     return ExportResult(bundle.path, tuple(made), tuple(built))
+
+
+def open_to_share(path: str | Path, target: Path, dtype: DType) -> Bundle:
+    """The bundle whose weights one at ``target`` shall share, as far as can be said before the model is read.
+
+    Raises:
+        BundleError: no bundle, one of another dtype, the one that is replaced, or one on another filesystem.
+    """
+    bundle = Bundle.open(Path(path).expanduser())
+    if bundle.path == target:
+        raise BundleError(f"{target} is to share its weights with itself: choose another path for the new bundle")
+    if (other := bundle.manifest.source.dtype) != dtype:
+        raise BundleError(f"{path} holds {other} weights and this export {dtype} ones, so they cannot be shared: give --dtype {other}")
+    nearest = next(folder for folder in (target.parent, *target.parent.parents) if folder.exists())
+    if nearest.stat().st_dev != bundle.path.stat().st_dev:
+        raise BundleError(f"{path} is on another filesystem than {nearest}: a file can only be shared on one; leave --share-weights out")
+    return bundle
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -119,16 +164,22 @@ def default_place(model: str | Path) -> Path:
     return Path(f"{Path(model).expanduser().resolve().name or 'model'}-bundle")
 
 
-def read_geometry(
-    model: str | Path, *, image_size: tuple[int, int] | None = None, images: int = 1, frames: int = 0, progress: Progress = silent
-) -> Geometry:
-    """The numbers of a model, from its small files; a hub id is downloaded. Raises as :func:`export` does for checkpoints."""
+def examine(
+    model: str | Path,
+    *,
+    image_size: tuple[int, int] | None = None,
+    sample_size: tuple[int, int] | None = None,
+    images: int = 1,
+    frames: int = 0,
+    progress: Progress = silent,
+) -> Examined:
+    """What the small files of a model tell; a hub id is downloaded. Raises as :func:`export` does for checkpoints."""
     from sievert.exporter.export import DOWNLOADS, examine_checkpoint
 
     progress("reading the configuration")
     hub = str(model).count("/") == 1 and not Path(model).expanduser().exists()
     with contextlib.nullcontext() if not hub else _growing(DOWNLOADS.expanduser(), f"downloading {model}", progress):
-        return examine_checkpoint(model, image_size=image_size, images=images, frames=frames).geometry
+        return examine_checkpoint(model, image_size=image_size, sample_size=sample_size, images=images, frames=frames)
 
 
 @contextlib.contextmanager

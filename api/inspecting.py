@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from sievert.bundle.manifest import Manifest
 from sievert.bundle.store import Bundle
 from sievert.progress import Progress, silent
+from sievert.sampling import count_text
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,11 @@ class CacheInfo:
 
 @dataclass(frozen=True)
 class Inspection:
-    """A bundle's manifest, with what can be computed from it: sizes in bytes by kind of file, caches by variant, lint findings."""
+    """A bundle's manifest, with what can be computed from it: sizes in bytes by kind of file, caches by variant, lint findings.
+
+    ``sample_text`` are the text tokens of the longest sample prompt by the number of images of a prompt, template included; empty without
+    samples. ``shared_by`` is how many bundles have the weights file.
+    """
 
     path: Path
     manifest: Manifest
@@ -42,17 +47,23 @@ class Inspection:
     sizes: Mapping[str, int]
     caches: Mapping[str, CacheInfo]
     lint: tuple[LintLine, ...]
+    sample_text: Mapping[int, int]
+    shared_by: int
 
 
-def inspect(bundle: str | Path, *, verify: bool = False, progress: Progress = silent) -> Inspection:
-    """Read a bundle. ``verify`` hashes every file; without it sizes, small files and a sample of the weights are checked.
+def inspect(bundle: str | Path, *, verify: bool = False, sample_prompts: Sequence[str] = (), progress: Progress = silent) -> Inspection:
+    """Read a bundle. ``verify`` hashes every file; without it sizes, small files and a sample of the weights are checked. The
+    ``sample_prompts`` are counted as its processor counts them.
 
     Raises:
+        PromptError: a sample prompt that the model does not take.
         BundleError: the bundle is not what its manifest says; the message names the file.
     """
     progress("hashing every file" if verify else "reading the bundle")
     opened = Bundle.open(bundle, verify="full" if verify else "size")
     manifest = opened.manifest
+    images = {variant.profile.images for variant in manifest.variants.values()} if sample_prompts else set()
+    sample_text = {number: count_text(opened.path, manifest.geometry, sample_prompts, images=number) for number in sorted(images)}
     return Inspection(
         path=opened.path,
         manifest=manifest,
@@ -60,6 +71,8 @@ def inspect(bundle: str | Path, *, verify: bool = False, progress: Progress = si
         sizes=measure(manifest),
         caches={name: measure_caches(manifest, name) for name in manifest.variants},
         lint=tuple(line for name in manifest.variants for line in lint_variant(opened, name, progress)),
+        sample_text=sample_text,
+        shared_by=opened.weights_path.stat().st_nlink,
     )
 
 
@@ -68,9 +81,9 @@ def measure(manifest: Manifest) -> dict[str, int]:
     sizes = dict.fromkeys(
         ("weights", "quantised weights", "dynamic graphs", "variants' graphs", "engines", "tokenizer and configuration"), 0
     )
-    dynamic = {entry.file for entry in manifest.graphs.values()}
+    weights, dynamic = {manifest.weights_file, *map(manifest.place, manifest.weights)}, {entry.file for entry in manifest.graphs.values()}
     for name, entry in manifest.files.items():
-        if name == manifest.weights_file:
+        if name in weights:
             kind = "weights"
         elif name.endswith(".data"):
             kind = "quantised weights"

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 DEFAULT_KEEP = "22%"
 DEFAULT_SELECTOR = "iwp"
+DEFAULT_TEXT = 128
 LONGEST_NAME = 64
 
 Positions = PositionPolicy | Literal["auto"]
@@ -170,7 +171,7 @@ def make_profile(
     batch: int = 1,
     decode_batch: Size = "auto",
     images: int = 1,
-    max_text: int = 128,
+    max_text: int = DEFAULT_TEXT,
     max_new_tokens: int = 128,
 ) -> Profile:
     """The profile for a model, checked against it; ``decode_batch`` ``auto`` is ``batch``. ``images`` are those of one prompt.

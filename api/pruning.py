@@ -15,6 +15,7 @@ from sievert.bundle.store import Bundle
 from sievert.plan_file import choose_cuts
 from sievert.planning import Cut, Positions, describe_plan, describe_profile, make_plan, make_profile, name_variant
 from sievert.progress import Progress, Size, silent
+from sievert.sampling import check_samples, count_text, leave_room
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,15 @@ def prune(
     batch: Size = "auto",
     decode_batch: Size = "auto",
     images: Size = "auto",
+    sample_prompts: Sequence[str] = (),
     force: bool = False,
     progress: Progress = silent,
 ) -> Made:
     """Add a variant that drops visual tokens; no ``cuts`` make an unpruned one. ``plan``, or the YAML file of one, takes their place.
 
-    Sizes that are ``auto`` are those of the variant ``full``; ``images`` is how many each prompt has. An empty ``name`` is made from the
-    plan, for example ``iwp-22``, or ``iwp-22-2-images`` where ``full`` takes another number.
+    Sizes that are ``auto`` are those of the variant ``full``; ``images`` is how many each prompt has. With ``sample_prompts`` ``max_text``
+    is what the longest of them takes, rounded up to a multiple of 16. An empty ``name`` is made from the plan, for example ``iwp-22``, or
+    ``iwp-22-2-images`` where ``full`` takes another number.
 
     Raises:
         PlanError, ProfileError: what is asked for does not fit the model.
@@ -53,17 +56,22 @@ def prune(
         BundleError: the bundle is not what its manifest says, or cannot be written. Nothing was changed.
     """
     cuts, positions = choose_cuts(cuts, positions, plan)
+    check_samples(sample_prompts, max_text)
     progress("checking the bundle")
     opened = Bundle.open(bundle, verify="full")
     geometry = opened.manifest.geometry
     full = opened.manifest.variants.get(FULL)
     defaults = full.profile if full is not None else make_profile(geometry)
+    images = defaults.images if images == "auto" else images
+    if sample_prompts:
+        progress("reading the sample prompts")
+        max_text = leave_room(count_text(opened.path, geometry, sample_prompts, images=images))
     given_batch = defaults.batch if batch == "auto" else batch
     profile = make_profile(
         geometry,
         batch=given_batch,
         decode_batch=(defaults.decode_batch if batch == "auto" else given_batch) if decode_batch == "auto" else decode_batch,
-        images=defaults.images if images == "auto" else images,
+        images=images,
         max_text=defaults.max_text if max_text == "auto" else max_text,
         max_new_tokens=defaults.max_new_tokens if max_new_tokens == "auto" else max_new_tokens,
     )

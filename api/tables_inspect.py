@@ -13,6 +13,7 @@ from sievert.bundle.manifest import Manifest
 from sievert.bundle.specs import Geometry, TensorSpec
 from sievert.inspecting import Inspection
 from sievert.quantising import measure_weights
+from sievert.sampling import leave_room
 from sievert.tables import VARIANT_COLUMNS, describe_bytes, make_table, place_graph, summarise_source, variant_row
 from sievert.tables_calibrate import group_kept
 
@@ -21,6 +22,8 @@ def inspection(found: Inspection, *, tensors: bool) -> Iterable[Table | str]:
     """Everything there is to see, one part after the other. ``tensors`` names each one, and all weights."""
     yield f"[bold]{escape(found.path.name)}[/]  {summarise_source(found.manifest)}"
     yield describe_input(found.manifest.geometry)
+    if found.sample_text:
+        yield describe_sample(found)
     yield _sizes(found)
     yield _variants(found)
     if any(variant.precision for variant in found.manifest.variants.values()):
@@ -44,6 +47,21 @@ def describe_input(geometry: Geometry) -> str:
     return f"An image of {size}: {g.visual_tokens} visual tokens{grid}{number}"
 
 
+def describe_sample(found: Inspection) -> str:
+    """What the sample prompts come to, and which variants have room for them."""
+    lines = []
+    for images, text in found.sample_text.items():
+        visual, most = images * found.manifest.geometry.visual_tokens, leave_room(text)
+        of_these = {name: made.profile for name, made in found.manifest.variants.items() if made.profile.images == images}
+        able = [name for name, profile in of_these.items() if profile.max_text >= text]
+        several = f" with {images} images" if images > 1 else ""
+        rooms = "those that take it: " + ", ".join(able) if able else f"no variant takes it; sievert prune --max-text {most} makes one"
+        lines.append(
+            f"The longest sample prompt{several}: {visual} visual + {text} text tokens (template included) = {visual + text}; {rooms}"
+        )
+    return "\n".join(lines)
+
+
 def shorten_specs(specs: Sequence[TensorSpec]) -> list[str]:
     """Tensors as ``name dtype[shape]``, numbered ones of a kind joined: ``present.0..3.key float32[1, 2, 40, 16]``."""
 
@@ -64,7 +82,8 @@ def shorten_specs(specs: Sequence[TensorSpec]) -> list[str]:
 def _sizes(found: Inspection) -> Table:
     table = make_table("Sizes", "what", "size", numbers=("size",))
     for kind, count in found.sizes.items():
-        table.add_row(kind, describe_bytes(count))
+        shared = f" (one file, shared by {found.shared_by} bundles)" if kind == "weights" and found.shared_by > 1 else ""
+        table.add_row(kind + shared, describe_bytes(count))
     table.add_row("in all", describe_bytes(sum(found.sizes.values())))
     return table
 

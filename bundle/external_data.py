@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,8 +24,9 @@ _BITS = (
 )
 
 
-def check_external_data(path: Path) -> frozenset[str]:
-    """Names of the data files an ONNX graph reads its weights from, all found safe. No weight is loaded.
+def check_external_data(path: Path, shared: Collection[str] = ()) -> frozenset[str]:
+    """Names of the data files an ONNX graph reads its weights from, all found safe. No weight is loaded. Those named in ``shared`` may be
+    hard links.
 
     Each location must be a plain name, the file of that name beside the graph a plain file, and offset and length must lie within
     it; the length must be what the tensor's type and shape need.
@@ -42,7 +43,7 @@ def check_external_data(path: Path) -> frozenset[str]:
         entries = {entry.key: entry.value for entry in tensor.external_data}
         location = check_name(entries.get("location", ""), where=where)
         if location not in sizes:
-            sizes[location] = plain_status(path.parent / location).st_size
+            sizes[location] = plain_status(path.parent / location, shared=location in shared).st_size
         offset, length = (_count(entries, key, where) for key in ("offset", "length"))
         start, needed = offset or 0, _nbytes(tensor)
         if length is not None and needed is not None and length != needed:

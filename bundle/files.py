@@ -26,37 +26,38 @@ def sha256_bytes(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def sha256_file(path: Path) -> str:
-    """SHA-256 of a regular file's content in hexadecimal.
+def sha256_file(path: Path, *, shared: bool = False) -> str:
+    """SHA-256 of a regular file's content in hexadecimal; ``shared`` as for :func:`check_plain`.
 
     Raises:
         IntegrityError: missing, or not a plain file.
     """
-    with open_plain(path) as file:
+    with open_plain(path, shared=shared) as file:
         digest = hashlib.sha256()
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
         return digest.hexdigest()
 
 
-def check_plain(path: Path, status: os.stat_result) -> None:
-    """Refuse everything but a regular file with one name.
+def check_plain(path: Path, status: os.stat_result, *, shared: bool = False) -> None:
+    """Refuse everything but a regular file with one name; ``shared``: its manifest says that other bundles hold it too, as a hard link.
 
     Raises:
         IntegrityError: a symbolic or hard link (as content-addressed stores make them), a folder, a device.
     """
-    if stat.S_ISLNK(status.st_mode) or (stat.S_ISREG(status.st_mode) and status.st_nlink > 1):
+    if stat.S_ISLNK(status.st_mode) or (stat.S_ISREG(status.st_mode) and status.st_nlink > 1 and not shared):
         kind = "a symbolic link" if stat.S_ISLNK(status.st_mode) else f"one of {status.st_nlink} hard links to the same data"
         raise IntegrityError(
-            f"{path} is {kind}: ONNX and its runtimes refuse weights behind links, and a change elsewhere would change this bundle. "
+            f"{path} is {kind}: ONNX and its runtimes refuse weights behind links, and a change elsewhere would change this bundle "
+            "(bundles share weights only by `sievert export --share-weights`). "
             f"A store or deduplicating tool probably replaced the file. Make a plain copy: cp -rL {path.parent} NEW_FOLDER"
         )
     if not stat.S_ISREG(status.st_mode):
         raise IntegrityError(f"{path} is no regular file: restore it from where the bundle came from, or export the model again")
 
 
-def plain_status(path: Path) -> os.stat_result:
-    """Status of a plain file; nothing is opened.
+def plain_status(path: Path, *, shared: bool = False) -> os.stat_result:
+    """Status of a plain file; nothing is opened. ``shared`` as for :func:`check_plain`.
 
     Raises:
         IntegrityError: missing, or not a plain file.
@@ -67,20 +68,21 @@ def plain_status(path: Path) -> os.stat_result:
         raise IntegrityError(
             f"{path} is missing though the manifest names it: restore it from where the bundle came from, or export the model again"
         ) from None
-    check_plain(path, status)
+    check_plain(path, status, shared=shared)
     return status
 
 
 @contextlib.contextmanager
-def open_plain(path: Path) -> Iterator[BinaryIO]:
-    """Open a plain file for reading. The check is made on the open file, so nobody can swap a link in after it.
+def open_plain(path: Path, *, shared: bool = False) -> Iterator[BinaryIO]:
+    """Open a plain file for reading. The check is made on the open file, so nobody can swap a link in after it. ``shared`` as for
+    :func:`check_plain`.
 
     Raises:
         IntegrityError: missing, or not a plain file.
     """
-    plain_status(path)
+    plain_status(path, shared=shared)
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
-        check_plain(path, os.fstat(file.fileno()))
+        check_plain(path, os.fstat(file.fileno()), shared=shared)
         yield file
 
 

@@ -62,7 +62,8 @@ def parse_manifest(data: bytes, path: Path) -> Manifest:
 
 def referenced(manifest: Manifest) -> Iterator[tuple[str, str]]:
     """Every file a part of the manifest points at, as (who, file name)."""
-    yield "the weights", manifest.weights_file
+    for file in dict.fromkeys([manifest.weights_file, *map(manifest.place, manifest.weights)]):
+        yield "the weights", file
     for graph, entry in manifest.graphs.items():
         yield f"graph {graph}", entry.file
     for name, variant in manifest.variants.items():
@@ -93,10 +94,10 @@ def check_references(manifest: Manifest) -> None:
         check_name(name, where=f"the manifest, {who},")
         if name not in manifest.files:
             raise ManifestError(f"the manifest names {name} for {who} but does not list it with its hash: make the step again")
-    # The model's weights are one file by contract; a variant's own stand in others. Their tables must lie within them.
+    # The tables of the model's weights, and of those that variants have of their own, must lie within their files.
     own = [weight for variant in manifest.variants.values() if variant.precision for weight in variant.precision.weights]
-    for file, weight in [*((manifest.weights_file, weight) for weight in manifest.weights), *((weight.file, weight) for weight in own)]:
-        size = manifest.files[file].bytes
+    for weight in (*manifest.weights, *own):
+        size = manifest.files[manifest.place(weight)].bytes
         if weight.offset < 0 or weight.nbytes < 0 or weight.offset + weight.nbytes > size:
             raise ManifestError(f"weight {weight.name} ends at byte {weight.offset + weight.nbytes} of a weights file of {size} bytes")
 
@@ -108,11 +109,11 @@ def check_file(folder: Path, manifest: Manifest, name: str, *, full: bool) -> No
         IntegrityError: any of that fails.
     """
     entry, path = manifest.files[name], folder / name
-    size = plain_status(path).st_size
+    size = plain_status(path, shared=entry.shared).st_size
     if size != entry.bytes:
         raise IntegrityError(f"{path} has {size} bytes, the manifest says {entry.bytes}: {_CHANGED}")
     if full or size <= QUICK_BYTES:
-        compare_hash(path, sha256_file(path), entry.sha256)
+        compare_hash(path, sha256_file(path, shared=entry.shared), entry.sha256)
 
 
 def compare_hash(path: Path, found: str, expected: str) -> None:
@@ -142,15 +143,16 @@ def check_graph(folder: Path, manifest: Manifest, name: str) -> None:
     Raises:
         IntegrityError: it does not.
     """
-    for location in sorted(check_external_data(folder / name) - manifest.files.keys()):
+    for location in sorted(check_external_data(folder / name, manifest.shared) - manifest.files.keys()):
         raise IntegrityError(f"{folder / name} reads weights from {location}, which the manifest does not list: {_CHANGED}")
 
 
 def _check_smallest_weights(folder: Path, manifest: Manifest, count: int = 16) -> None:
     """The header check of a file that has no header: a few small tensors spread over it, by their own hashes."""
     path = folder / manifest.weights_file
-    with open_plain(path) as file:
-        for weight in sorted(manifest.weights, key=lambda weight: (weight.nbytes, weight.offset))[:count]:
+    inside = (weight for weight in manifest.weights if not weight.file)
+    with open_plain(path, shared=path.name in manifest.shared) as file:
+        for weight in sorted(inside, key=lambda weight: (weight.nbytes, weight.offset))[:count]:
             file.seek(weight.offset)
             if hashlib.sha256(file.read(weight.nbytes)).hexdigest() != weight.sha256:
                 raise IntegrityError(f"{path}: the bytes of {weight.name} are not those the manifest lists: {_CHANGED}")

@@ -10,14 +10,20 @@ FORMAT = 1
 
 
 class FileEntry(Record):
-    """A file of the bundle: size in bytes, and SHA-256 of its content in hexadecimal."""
+    """A file of the bundle: size in bytes, and SHA-256 of its content in hexadecimal.
+
+    ``shared``: another bundle has, or had, the same file as a hard link. All others have one name only.
+    """
 
     bytes: int
     sha256: str
+    shared: bool = False
 
 
 class WeightEntry(Record):
-    """One tensor of the weights file, by content. ``name`` is the checkpoint parameter, with ``.T`` where transposed."""
+    """One tensor of a data file, by content. ``name`` is the checkpoint parameter, with ``.T`` where transposed; ``file`` is empty where it
+    stands in the bundle's weights file.
+    """
 
     name: str
     dtype: str
@@ -25,6 +31,7 @@ class WeightEntry(Record):
     offset: int
     nbytes: int
     sha256: str
+    file: str = ""
 
 
 class StoredWeight(WeightEntry):
@@ -127,7 +134,10 @@ class Step(Record):
 
 
 class Manifest(Record):
-    """The whole of ``sievert.json``. ``graphs`` are the dynamic ones every variant is made from."""
+    """The whole of ``sievert.json``. ``graphs`` are the dynamic ones every variant is made from.
+
+    Where ``weights_file`` is shared with a bundle of another image size, what that one has not stands in a data file of its own.
+    """
 
     format: int = FORMAT
     source: Source
@@ -138,3 +148,12 @@ class Manifest(Record):
     graphs: dict[str, GraphEntry]
     variants: dict[str, Variant] = {}
     history: tuple[Step, ...] = ()
+
+    def place(self, weight: WeightEntry) -> str:
+        """The data file that a weight stands in."""
+        return weight.file or self.weights_file
+
+    @property
+    def shared(self) -> frozenset[str]:
+        """Files that other bundles may have as hard links."""
+        return frozenset(name for name, entry in self.files.items() if entry.shared)

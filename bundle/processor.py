@@ -11,6 +11,21 @@ FILES: Final = ("processor_config.json", "preprocessor_config.json", "tokenizer_
 KEY: Final = "processor_class"
 
 
+def load_pictures(folder: Path, library: Any, *, name: str = "") -> Any:
+    """The processor in ``folder``, without the network, without remote code, with images processed by Pillow; ``name`` as below.
+
+    ``library`` (transformers) prefers torchvision where that is installed, which resizes differently: one bundle must not give two answers.
+
+    Raises:
+        OSError, ValueError, KeyError, TypeError, AttributeError, ImportError: its files are missing or damaged, or it is no such processor.
+    """
+    options = {"trust_remote_code": False, "local_files_only": True}
+    processor = choose_processor(folder, library, name).from_pretrained(folder, **options)
+    if hasattr(processor, "image_processor"):
+        processor.image_processor = library.AutoImageProcessor.from_pretrained(folder, backend="pil", **options)
+    return processor
+
+
 def choose_processor(folder: Path, library: Any, name: str = "") -> Any:
     """The class of ``library`` (transformers) whose ``from_pretrained`` loads the processor in ``folder``, for pictures and text only.
 

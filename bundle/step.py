@@ -85,7 +85,8 @@ class OpenStep(FolderWriter):
         """``files`` less the weight files of dropped graphs: the manifest points at graphs, and only they know what they read."""
         idle = {name for name in files if name.endswith(".data")} - pointed_at - self.added.keys()
         if idle:
-            idle = idle.difference(*(check_external_data(self.path / name) for name in files if name.endswith(".onnx")))
+            shared = self._before.shared
+            idle = idle.difference(*(check_external_data(self.path / name, shared) for name in files if name.endswith(".onnx")))
         return {name: entry for name, entry in files.items() if name not in idle}
 
 

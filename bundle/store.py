@@ -103,7 +103,7 @@ class Bundle:
         entry = self.manifest.files.get(name)
         if entry is None:
             raise IntegrityError(f"{name} is not listed in the manifest of {self.path}: only listed files are read")
-        size = plain_status(self.path / name).st_size
+        size = plain_status(self.path / name, shared=entry.shared).st_size
         if size != entry.bytes:
             raise IntegrityError(
                 f"{self.path / name} has {size} bytes, the manifest says {entry.bytes}: the file changed after it was made"

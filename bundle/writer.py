@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import os
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from importlib import metadata
@@ -62,6 +63,23 @@ class FolderWriter:
                 path = self.temporary(suffix)
                 copy_new(source, path)
             return self._place(path, stem, suffix, FileEntry(bytes=plain_status(path).st_size, sha256=sha256 or sha256_file(path)))
+
+    def add_link(self, source: Path, entry: FileEntry) -> str:
+        """Have the file of another bundle as a hard link of the same name, which is returned; ``entry`` is its entry there, marked shared.
+
+        Raises:
+            BundleError: the system cannot link it: another filesystem, or one without links.
+        """
+        self.added[source.name] = entry
+        try:
+            os.link(source, self.path / source.name, follow_symlinks=False)
+        except OSError as error:
+            del self.added[source.name]
+            raise BundleError(
+                f"{source} cannot be shared with {self.path.parent} by a hard link ({error.strerror or error}): make both bundles on one "
+                "filesystem that has them, or leave --share-weights out"
+            ) from error
+        return source.name
 
     def discard(self) -> None:
         """Remove everything that was added and was not there before."""

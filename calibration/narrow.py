@@ -20,6 +20,7 @@ from sievert.calibration.judging import TensorRange
 from sievert.calibration.quantise import put_graphs, require_plain
 from sievert.calibration.ranges import measure_ranges
 from sievert.calibration.storing import WeightsFile
+from sievert.calibration.tensors import read_values
 from sievert.graph_passes.narrow import Narrow, fit
 
 SixteenBit = Literal["float16", "bfloat16"]
@@ -78,7 +79,7 @@ def narrow_variant(
         suffix = f".{dtype}"
         with path.open("xb") as file:
             for weight in dict.fromkeys(name for model in models.values() for name in _placeholders(model)):
-                own.add(file, weight, fit(np.asarray(originals[weight.removesuffix(suffix)].numpy()), kind))
+                own.add(file, weight, fit(read_values(originals[weight.removesuffix(suffix)]), kind))
         if own.written:
             own.settle(step.add_file(path, f"weights.{dtype}", ".data"))
         for model in models.values():

@@ -19,6 +19,7 @@ from sievert.calibration.collection import Collection
 from sievert.calibration.numbers import BLOCKS, NumberFormat, Quantised, find_number_format, quantise_weight, scale_of
 from sievert.calibration.peaks import measure_peaks
 from sievert.calibration.storing import WeightsFile
+from sievert.calibration.tensors import read_values
 from sievert.graph_passes.expose import to_bytes
 from sievert.graph_passes.quantise import Codes, InsertQuantisers, Linear, find_linears, selector_weights
 
@@ -227,7 +228,7 @@ def quantise_linear(linear: Linear, recipe: Recipe) -> Quantised:
     tensor = linear.weight.const_value
     if tensor is None:
         raise CalibrationError(f"{linear.name} has no content")
-    weight = np.asarray(tensor.numpy()).astype(np.float32)
+    weight = read_values(tensor).astype(np.float32)
     return quantise_weight(weight, recipe.format, channel_axis=linear.channel_axis, block=recipe.block, dtype=tensor.dtype.numpy())
 
 

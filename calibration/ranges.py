@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal
 
-import numpy as np
 import onnx_ir as ir
 
 from sievert.bundle.errors import CalibrationError, EngineUnavailableError
@@ -15,6 +14,7 @@ from sievert.calibration.collection import Collection
 from sievert.calibration.exposing import chunk_values, cut_graph
 from sievert.calibration.formats import Format, find_format
 from sievert.calibration.judging import Seen, TensorRange, judge
+from sievert.calibration.tensors import read_values
 from sievert.engines.run.base import ModelFile
 from sievert.engines.run.registry import find_runtime
 from sievert.graph_passes.lower import Target, lower
@@ -136,7 +136,7 @@ def _read_weights(values: Iterable[ir.Value], limits: Format, known: dict[str, S
         seen = known.get(str(value.name)) if shared else None
         if seen is None:
             seen = Seen()
-            seen.add(np.asarray(tensor.numpy()), limits)
+            seen.add(read_values(tensor), limits)
         if shared:
             known[str(value.name)] = seen
         found[value] = seen

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
@@ -13,6 +14,17 @@ from sievert.bundle.errors import CalibrationError
 from sievert.bundle.specs import TensorSpec
 from sievert.engines.run.dtypes import Array, numpy_dtype
 from sievert.engines.run.memory import fixed_shape
+
+
+def read_values(tensor: ir.TensorProtocol) -> Array:
+    """The numbers of a graph's tensor, of a bundle that was opened.
+
+    Two bundles may share a weights file by a hard link, as their manifests say and :class:`~sievert.bundle.store.Bundle` has checked;
+    below a base folder onnx_ir reads no such file.
+    """
+    if isinstance(tensor, ir.ExternalTensor):
+        tensor = ir.ExternalTensor(tensor.path, tensor.offset, tensor.length, tensor.dtype, shape=tensor.shape, name=str(tensor.name))
+    return np.asarray(tensor.numpy())
 
 
 def pack(arrays: Mapping[str, Array]) -> bytes:

@@ -66,23 +66,30 @@ class Exported:
 class Examined:
     """A checkpoint that can be exported as far as its small files tell; ``config`` is what its model will be built from.
 
-    ``processed`` are its processor's arrays for one picture.
+    ``processed`` are its processor's arrays for one picture; ``processor`` is the class to load that with, if not the one its files name.
     """
 
     checkpoint: Checkpoint
     config: PreTrainedConfig
     geometry: Geometry
     processed: Mapping[str, NDArray[Any]]
+    processor: str
 
 
 def examine_checkpoint(
-    model: str | Path, *, image_size: tuple[int, int] | None = None, images: int = 1, frames: int = 0, downloads: Path = DOWNLOADS
+    model: str | Path,
+    *,
+    image_size: tuple[int, int] | None = None,
+    sample_size: tuple[int, int] | None = None,
+    images: int = 1,
+    frames: int = 0,
+    downloads: Path = DOWNLOADS,
 ) -> Examined:
     """Everything that can be said of a checkpoint before its weights are read, in about a second; a hub id is downloaded.
 
-    ``image_size`` is (height, width) of the pictures to export for, in pixels; by default the model's own. ``images`` are those of a
-    prompt: some models encode a picture otherwise where there are several. With ``frames`` a prompt has one video of so many in place of
-    a picture.
+    ``image_size`` is (height, width) of the pictures to export for, in pixels; by default ``sample_size`` where the model takes
+    several, else the model's own. ``images`` are those of a prompt: some models encode a picture otherwise where there are several. With
+    ``frames`` a prompt has one video of so many in place of a picture.
 
     Raises:
         CheckpointError: no checkpoint, or one that is incomplete or unsafe to read.
@@ -93,11 +100,11 @@ def examine_checkpoint(
     config = load_config(checkpoint)
     text = config.get_text_config()
     check_decoder(text, checkpoint.architecture, given=checkpoint.given)
-    size = choose_size(checkpoint, config, image_size)
+    size = choose_size(checkpoint, config, image_size, sample_size)
     trial = try_processor(checkpoint, config, size, images=images, frames=frames)
     window = take_sliding_window(text) if checkpoint.architecture.two_way is None else None
     geometry = read_geometry(checkpoint, config, trial, size, window=window)
-    return Examined(checkpoint, config, geometry, trial.arrays)
+    return Examined(checkpoint, config, geometry, trial.arrays, "" if geometry.film else checkpoint.architecture.processor)
 
 
 def export_model(
@@ -158,7 +165,7 @@ def export_model(
         tuple(loaded.state_dict()),
         checkpoint.folder,
         checkpoint.files,
-        "" if geometry.film else checkpoint.architecture.processor,
+        examined.processor,
     )
 
 

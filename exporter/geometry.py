@@ -18,8 +18,12 @@ _CHANNELS: Final = 3
 _IMAGE_AXES: Final = 3
 
 
-def image_size(checkpoint: Checkpoint, config: PreTrainedConfig, asked: tuple[int, int] | None = None) -> tuple[int, int]:
-    """Height and width of the pictures to export for: ``asked``, the family's, or the configuration's own.
+def image_size(
+    checkpoint: Checkpoint, config: PreTrainedConfig, asked: tuple[int, int] | None = None, sample: tuple[int, int] | None = None
+) -> tuple[int, int]:
+    """Height and width of the pictures to export for: ``asked``, a ``sample``'s, the family's, or the configuration's own.
+
+    A tower of one size takes a sample of any.
 
     Raises:
         UnsupportedModelError: a tower of one size was asked for another, or is not square.
@@ -33,8 +37,8 @@ def image_size(checkpoint: Checkpoint, config: PreTrainedConfig, asked: tuple[in
                 f"{checkpoint.given}: its vision tower takes images of {side}x{side} pixels whatever they were: leave --image-size out"
             )
         return side, side
-    if asked is not None or checkpoint.architecture.image_size is not None:
-        return asked or checkpoint.architecture.image_size or (0, 0)
+    if found := asked or sample or checkpoint.architecture.image_size:
+        return found
     if own is None:
         raise InputError(f"{checkpoint.given} takes images of any size: say with --image-size HEIGHTxWIDTH which to export for")
     return (own, own) if isinstance(own, int) else (int(own[0]), int(own[1]))

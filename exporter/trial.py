@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 from sievert.bundle.errors import CheckpointError, UnsupportedModelError
 from sievert.bundle.films import process_film, rename_pixels, stamp
 from sievert.bundle.pictures import OF_TEXT, PIXELS, Pictures, first_picture, same_layout, split_pictures
-from sievert.bundle.processor import choose_processor
+from sievert.bundle.processor import load_pictures
 from sievert.bundle.specs import Film
 from sievert.exporter.checkpoint import Checkpoint
 from sievert.exporter.films import choose_film
@@ -152,14 +152,9 @@ def _picture(height: int, width: int) -> Image.Image:
 
 
 def _load(checkpoint: Checkpoint, *, videos: bool) -> Any:
-    pictures: Any = transformers.AutoImageProcessor
-    options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
     try:
         with quiet("loading the processor"):
-            kind = choose_processor(checkpoint.folder, transformers, "" if videos else checkpoint.architecture.processor)
-            processor = kind.from_pretrained(checkpoint.folder, **options)
-            if hasattr(processor, "image_processor"):
-                processor.image_processor = pictures.from_pretrained(checkpoint.folder, backend="pil", **options)
+            processor = load_pictures(checkpoint.folder, transformers, name="" if videos else checkpoint.architecture.processor)
     except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{checkpoint.given}: its processor cannot be loaded ({error}): add the processor and tokenizer files of the model it came from"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -17,6 +18,7 @@ from sievert.bundle.processor import FILES, KEY
 from sievert.bundle.specs import describe_values
 from sievert.bundle.store import Bundle, NewBundle
 from sievert.exporter.export import Exported
+from sievert.exporter.share import SharedWeights, open_shared
 from sievert.exporter.weights import Weight, static_shape, tensor_bytes
 
 logger = logging.getLogger(__name__)
@@ -25,17 +27,23 @@ ALIGNMENT = 4096
 """Offsets in the weights file, in bytes: runtimes map pages."""
 
 
-def write_bundle(exported: Exported, path: str | Path, *, force: bool = False, command: str = "export") -> Bundle:
+def write_bundle(
+    exported: Exported, path: str | Path, *, force: bool = False, command: str = "export", share: Bundle | None = None
+) -> Bundle:
     """Write a new bundle at ``path``, without variants yet, and open it. ``force`` replaces a bundle that is there.
 
+    The weights file of ``share`` becomes the new one's as a hard link, once every tensor was compared with it; what it has not (constants
+    that depend on the size of an image) goes into a data file beside it.
+
     Raises:
-        BundleError: the place is taken or cannot be written; nothing is left behind.
+        BundleError: the place is taken or cannot be written, or ``share`` is of other weights; nothing is left behind.
         CheckpointError: a small file of the checkpoint can no longer be read.
     """
     with Bundle.create(path, force=force, command=command) as new:
         for name in exported.files:
             _copy(exported.folder / name, new.path / name, processor=exported.processor)
-        weights_file, entries = _write_weights(new, exported.weights)
+        with contextlib.nullcontext() if share is None else open_shared(share) as shared:
+            weights_file, entries = _write_weights(new, exported.weights, shared)
         graphs = {
             name: GraphEntry(
                 file=new.add_bytes(name, ".onnx", serialize(model, entries, weights_file)),
@@ -63,22 +71,35 @@ def serialize(model: ir.Model, weights: Mapping[str, WeightEntry], weights_file:
         entry = weights.get(str(value.name))
         if entry is not None and value.const_value is not None:
             value.const_value = ir.ExternalTensor(
-                weights_file, entry.offset, entry.nbytes, value.const_value.dtype, shape=ir.Shape(entry.shape), name=entry.name
+                entry.file or weights_file,
+                entry.offset,
+                entry.nbytes,
+                value.const_value.dtype,
+                shape=ir.Shape(entry.shape),
+                name=entry.name,
             )
     data: bytes = ir.to_proto(model).SerializeToString()
     return data
 
 
-def _write_weights(new: NewBundle, weights: tuple[Weight, ...]) -> tuple[str, dict[str, WeightEntry]]:
-    """One tensor in memory at a time, hashed on its way; equal bytes, whatever their shape, stand once."""
+def _write_weights(new: NewBundle, weights: tuple[Weight, ...], shared: SharedWeights | None) -> tuple[str, dict[str, WeightEntry]]:
+    """One tensor in memory at a time, hashed on its way; equal bytes, whatever their shape, stand once.
+
+    What is found in ``shared`` is not written: its file becomes the weights file, and the rest stands in one of its own, if there is any.
+    """
     entries: dict[str, WeightEntry] = {}
     offsets: dict[str, int] = {}
+    elsewhere: set[str] = set()
     path, whole, end = new.temporary(".data"), hashlib.sha256(), 0
     with path.open("xb") as file:
         for weight in weights:
             data = tensor_bytes(weight.tensor)
             sha256 = hashlib.sha256(data).hexdigest()
-            if sha256 not in offsets:
+            found = shared.find(weight.name, sha256, data) if shared is not None else None
+            if found is not None:
+                offsets[sha256] = found.offset
+                elsewhere.add(weight.name)
+            elif sha256 not in offsets:
                 for part in (bytes(-end % ALIGNMENT), data):
                     file.write(part)
                     whole.update(part)
@@ -93,8 +114,12 @@ def _write_weights(new: NewBundle, weights: tuple[Weight, ...]) -> tuple[str, di
                 sha256=sha256,
             )
             del data  # before the next is made
-    logger.info("%d tensors in %d bytes of weights", len(offsets), end)
-    return new.add_file(path, "weights", ".data", sha256=whole.hexdigest()), entries
+    logger.info("%d tensors, %d bytes of weights written", len(offsets), end)
+    if shared is None:
+        return new.add_file(path, "weights", ".data", sha256=whole.hexdigest()), entries
+    own = new.add_file(path, "constants", ".data", sha256=whole.hexdigest()) if end else ""
+    placed = {name: entry if name in elsewhere else entry.model_copy(update={"file": own}) for name, entry in entries.items()}
+    return shared.link(new), placed
 
 
 def _copy(source: Path, target: Path, *, processor: str) -> None:

@@ -38,7 +38,7 @@ def judge_weights(bundle: Bundle, precision: Precision, tolerance: float) -> Ite
                 raise IntegrityError(f"{name} of {entry.file} has no weight {parameter!r}: make the variant again")
             weight, narrow = (
                 _flat(_read(bundle, file, each))
-                for file, each in ((bundle.manifest.weights_file, original[parameter]), (entry.file, entry))
+                for file, each in ((bundle.manifest.place(original[parameter]), original[parameter]), (entry.file, entry))
             )
             difference = _compare(narrow, weight, tolerance, 0)
             yield StageResult(STAGE, parameter, Verdict.PASS if difference.max_abs <= tolerance else Verdict.FAIL, difference)
@@ -47,7 +47,7 @@ def judge_weights(bundle: Bundle, precision: Precision, tolerance: float) -> Ite
         parameter = name.removesuffix(_CODES)
         if parameter not in original or parameter + _SCALE not in stored:
             raise IntegrityError(f"{name} of {entry.file} has no weight {parameter!r} or no scale beside it: quantise the variant again")
-        weight = _read(bundle, bundle.manifest.weights_file, original[parameter]).astype(np.float64)
+        weight = _read(bundle, bundle.manifest.place(original[parameter]), original[parameter]).astype(np.float64)
         codes = _read(bundle, entry.file, entry).astype(np.float64)
         scale = _read(bundle, stored[parameter + _SCALE].file, stored[parameter + _SCALE]).astype(np.float64)
         found = [_compare(codes * spread, weight, tolerance, channel) for channel, spread in _spread(scale, weight.shape)]
@@ -89,7 +89,7 @@ def _compare(restored: Array, weight: Array, tolerance: float, channel: int) -> 
 
 
 def _read(bundle: Bundle, file: str, entry: WeightEntry | StoredWeight) -> Array:
-    with open_plain(bundle.file(file)) as opened:
+    with open_plain(bundle.file(file), shared=bundle.manifest.files[file].shared) as opened:
         opened.seek(entry.offset)
         data = opened.read(entry.nbytes)
     if entry.dtype == "int4":

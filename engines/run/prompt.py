@@ -13,7 +13,7 @@ from PIL import Image
 from sievert.bundle.errors import BundleError, ImageError, ProfileError, PromptError
 from sievert.bundle.films import GRID, SECONDS, FrameProcessor, FrameTimes, process_film, rename_pixels, stamp
 from sievert.bundle.pictures import same_layout, split_pictures
-from sievert.bundle.processor import choose_processor
+from sievert.bundle.processor import load_pictures
 from sievert.bundle.profile import Profile
 from sievert.bundle.specs import Geometry
 from sievert.engines.run.dtypes import Array
@@ -62,16 +62,16 @@ class PromptBatch:
 
 
 class Prompter:
-    """The checkpoint's own processor and tokenizer, held to a profile.
+    """The checkpoint's own processor and tokenizer, held to a profile. ``kind`` is the processor's class where the files name another.
 
     Raises:
         BundleError: the processor's files are missing, damaged, or would run code of their own.
     """
 
-    def __init__(self, folder: Path, geometry: Geometry, profile: Profile) -> None:
+    def __init__(self, folder: Path, geometry: Geometry, profile: Profile, *, kind: str = "") -> None:
         self.geometry = geometry
         self.profile = profile
-        self._processor = load_processor(folder)
+        self._processor = load_processor(folder, kind=kind)
         if film := geometry.film:  # templates may ask it how many frames there are
             self._processor.video_processor = FrameProcessor(film, stamp(film.frames, range(film.frames), 1.0))
         self.tokenizer: Any = self._processor.tokenizer
@@ -100,7 +100,22 @@ class Prompter:
             self._process(pictures, prompt, template)
             for pictures, prompt in zip(loaded * (len(prompts) // len(loaded)), prompts, strict=True)
         ]
+        for row in rows:
+            if (words := self._count_words(row)) > self.profile.max_text:
+                raise PromptError(
+                    f"the prompt has {words} text tokens, template included, but this variant takes {self.profile.max_text}: shorten it, "
+                    "or make a variant with a larger --max-text"
+                )
         return self._pad(rows)
+
+    def count_text(self, pictures: Pictures, prompt: str) -> int:
+        """Tokens of a question beside its visual ones, whatever the profile's ``max_text``; in the template, or as the model's whole input
+        where the model has none.
+
+        Raises:
+            ImageError, PromptError: as :meth:`prepare`.
+        """
+        return self._count_words(self._process(self._load(pictures), prompt, self._processor.chat_template is not None))
 
     def detokenizer(self) -> Detokenizer:
         """A fresh one for one row."""
@@ -197,12 +212,10 @@ class Prompter:
             )
         if visual != expected:
             raise PromptError(f"the processor wrote {visual} image tokens, but the model has {expected} visual tokens")
-        if (words := len(ids) - visual) > self.profile.max_text:
-            raise PromptError(
-                f"the prompt has {words} text tokens, template included, but this variant takes {self.profile.max_text}: shorten it, "
-                "or make a variant with a larger --max-text"
-            )
         return _Row(ids, split.pixels[0] if images == 1 else split.pixels, values, seen.pictures)
+
+    def _count_words(self, row: _Row) -> int:
+        return len(row.input_ids) - self.profile.images * self.geometry.visual_tokens
 
     def _pad(self, rows: Sequence[_Row]) -> PromptBatch:
         B, S = self.profile.batch, self.profile.sequence
@@ -264,21 +277,22 @@ class _Row:
     pictures: tuple[Image.Image, ...]
 
 
-def load_processor(folder: Path) -> Any:
-    """The processor saved in a folder, without the network, without remote code, with images processed by Pillow.
-
-    transformers prefers torchvision where that is installed, which resizes differently: one bundle must not give two answers.
+def load_processor(folder: Path, *, kind: str = "") -> Any:
+    """The processor saved in a folder, as :func:`~sievert.bundle.processor.load_pictures` does; ``kind`` is its class, if not the one its
+    files name.
 
     Raises:
         BundleError: its files are missing, damaged, or would run code of their own.
     """
     import transformers
 
-    image_processors: Any = transformers.AutoImageProcessor  # it has no types
-    options = {"trust_remote_code": False, "local_files_only": True}
     try:
-        processor = choose_processor(folder, transformers).from_pretrained(folder, **options)
-        processor.image_processor = image_processors.from_pretrained(folder, backend="pil", **options)
+        processor = load_pictures(folder, transformers, name=kind)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise BundleError(f"the processor in {folder} cannot be loaded: {error}") from error
+    if not all(hasattr(processor, part) for part in ("image_processor", "tokenizer")):
+        raise BundleError(
+            f"{folder} holds no processor of images and text, only a {type(processor).__name__}: restore its processor_config.json, or "
+            "export the model again"
+        )
     return processor
