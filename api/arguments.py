@@ -67,6 +67,12 @@ NoPrune = Annotated[bool, Option("--no-prune", help="Make the unpruned variant o
 MaxText = Annotated[int, Option("--max-text", metavar="N", help="Tokens of a prompt beside the image's.", rich_help_panel=_SIZE)]
 MaxNewTokens = Annotated[int, Option("--max-new-tokens", metavar="N", help="Tokens of an answer.", rich_help_panel=_SIZE)]
 Batch = Annotated[int, Option("--batch", metavar="N", help="Prompts read at once.", rich_help_panel=_SIZE)]
+DynamicText = Annotated[
+    bool,
+    Option(
+        "--dynamic-text", help="Prompts cost what they are long: --max-text only limits them. All else stays fixed.", rich_help_panel=_SIZE
+    ),
+]
 DecodeBatch = Annotated[
     int | None, Option("--decode-batch", metavar="N", help="Answers written at once. Default: as --batch.", rich_help_panel=_SIZE)
 ]
@@ -120,6 +126,15 @@ VariantName = Annotated[
 ]
 MaxTextAsFull = Annotated[
     int | None, Option("--max-text", metavar="N", help=f"Tokens of a prompt beside the image's. {_AS_FULL}", rich_help_panel=_SIZE)
+]
+DynamicTextAsFull = Annotated[
+    bool | None,
+    Option(
+        "--dynamic-text/--static-text",
+        help=f"Prompts cost what they are long, or what --max-text says. {_AS_FULL}",
+        show_default=False,
+        rich_help_panel=_SIZE,
+    ),
 ]
 MaxNewTokensAsFull = Annotated[
     int | None, Option("--max-new-tokens", metavar="N", help=f"Tokens of an answer. {_AS_FULL}", rich_help_panel=_SIZE)

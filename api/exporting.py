@@ -47,6 +47,7 @@ def export(
     name: str = "",
     max_text: int = 128,
     max_new_tokens: int = 128,
+    dynamic_text: bool = False,
     batch: int = 1,
     decode_batch: Size = "auto",
     images: int = 1,
@@ -59,7 +60,7 @@ def export(
 
     The variant ``full`` is always made; ``cuts``, or in their place a ``plan`` or the YAML file of one, make a pruned one beside it, none
     at all if empty. Then the engines are built. ``images`` is how many each prompt has; ``frames``, if not 0, how many the
-    video has that each prompt has instead. What was asked for is checked against the model's configuration before its weights are read.
+    video has that each prompt has instead. With ``dynamic_text`` prefill takes prompts of any length up to ``max_text``. What was asked for is checked against the model's configuration before its weights are read.
     ``force`` replaces a bundle.
 
     Raises:
@@ -78,7 +79,13 @@ def export(
     check_place(target.expanduser().resolve(), force=force)
     geometry = read_geometry(model, image_size=image_size, images=images, frames=frames, progress=progress)
     profile = make_profile(
-        geometry, batch=batch, decode_batch=decode_batch, images=images, max_text=max_text, max_new_tokens=max_new_tokens
+        geometry,
+        batch=batch,
+        decode_batch=decode_batch,
+        images=images,
+        max_text=max_text,
+        max_new_tokens=max_new_tokens,
+        dynamic_text=dynamic_text,
     )
     plans = name_plans(geometry, cuts, positions=positions, name=name, images=images)
     progress("tracing the model")
