@@ -60,7 +60,8 @@ def export(
 
     The variant ``full`` is always made; ``cuts``, or in their place a ``plan`` or the YAML file of one, make a pruned one beside it, none
     at all if empty. Then the engines are built. ``images`` is how many each prompt has; ``frames``, if not 0, how many the
-    video has that each prompt has instead. With ``dynamic_text`` prefill takes prompts of any length up to ``max_text``. What was asked for is checked against the model's configuration before its weights are read.
+    video has that each prompt has instead. With ``dynamic_text`` prefill takes prompts of any
+    length up to ``max_text``. What was asked for is checked against the model's configuration before its weights are read.
     ``force`` replaces a bundle.
 
     Raises:

@@ -18,6 +18,7 @@ from onnxscript import optimizer
 
 from sievert.bundle.errors import GraphError
 from sievert.bundle.specs import SEQUENCE
+from sievert.graph_passes.lengths import name_axes, varies_with_prompts
 
 # Folding below this many elements; a folded constant stays far under 1 MiB, and weights are never touched.
 _FOLD_ELEMENTS: Final = 8192
@@ -82,17 +83,12 @@ class FixShapes(ir.passes.InPlacePass):
         Raises:
             GraphError: a value whose shape is not all numbers; the message names it.
         """
-        varies = any(SEQUENCE in _names(value) for value in model.graph.inputs)
-        outputs = {value for value in model.graph.outputs if SEQUENCE not in _names(value)}
+        varies = varies_with_prompts(model)
+        outputs = {value for value in model.graph.outputs if SEQUENCE not in name_axes(value)}
         for node in model.graph:
             for value in node.outputs:
                 if value.shape is not None and value.shape.is_dynamic() and (not varies or value in outputs):
                     raise GraphError(f"{value.name!r} of {node.op_type} node {node.name!r} still has the shape {value.shape}")
-
-
-def _names(value: ir.Value) -> set[str]:
-    """The named axes of a value."""
-    return {str(axis.value) for axis in value.shape or () if not isinstance(axis, int)}
 
 
 def _should_fold(node: ir.Node) -> bool | None:

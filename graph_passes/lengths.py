@@ -8,7 +8,7 @@ from typing import Protocol
 
 import onnx_ir as ir
 
-from sievert.bundle.specs import name_axis
+from sievert.bundle.specs import SEQUENCE, name_axis
 
 
 class Op(Protocol):
@@ -49,3 +49,13 @@ def sizes(op: Op, *axes: int | Length) -> list[int] | ir.Value:
         return fixed
     parts = [[count] if isinstance(count, int) else op.Reshape(count, [1]) for count in counts]
     return op.Concat(*parts, axis=0)
+
+
+def name_axes(value: ir.Value) -> set[str]:
+    """The axes of a value that have a name for a size."""
+    return {str(axis.value) for axis in value.shape or () if not isinstance(axis, int)}
+
+
+def varies_with_prompts(model: ir.Model) -> bool:
+    """Whether the graph takes prompts of more than one length."""
+    return any(SEQUENCE in name_axes(value) for value in model.graph.inputs)

@@ -22,7 +22,8 @@ _ROW_BYTES: Final = 48 << 10
 class AttentionForm:
     """One Attention operator: q ``[B, H, S, d]``, k ``[B, G, T, d]``, v ``[B, G, T, dv]``; the same numbers when q, k, v are 3-D.
 
-    S and T (``query``, ``keys``) are names where they vary with the prompts; equal names are equal sizes. ``flat``: q, k, v are 3-D. ``scale`` is None where the operator leaves it at ``1/sqrt(d)``. ``mask`` broadcasts to ``[B, H, S, T]``.
+    S and T (``query``, ``keys``) are names where they vary with the prompts; equal names are equal sizes. ``flat``: q, k, v are 3-D.
+    ``scale`` is None where the operator leaves it at ``1/sqrt(d)``. ``mask`` broadcasts to ``[B, H, S, T]``.
     """
 
     dtype: ir.DataType

@@ -9,7 +9,7 @@ from typing import Final
 
 import onnx_ir as ir
 
-from sievert.bundle.specs import SEQUENCE, size_axis
+from sievert.bundle.specs import size_axis
 from sievert.graph_passes.lowering.attention import AttentionForm, read_attention
 from sievert.graph_passes.lowering.rewrite import Op, Rewriter
 
@@ -101,7 +101,7 @@ def _list(op: Op, bound: Bound) -> list[int] | ir.Value:
 
 def _find_shortest(graph: ir.Graph) -> int:
     """How many tokens a prompt has at least, where their number varies: those of its images, ``visual_index[B, Nv]``."""
-    shapes = {value.name: value.shape for value in graph.inputs if value.shape is not None}
-    varies = any(SEQUENCE in [str(axis) for axis in shape] for shape in shapes.values())
-    visual = shapes.get("visual_index")
-    return visual[1] if varies and visual is not None and isinstance(visual[1], int) else 0
+    for value in graph.inputs:
+        if value.name == "visual_index" and value.shape is not None and isinstance(value.shape[1], int):
+            return value.shape[1]
+    return 0
