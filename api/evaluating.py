@@ -215,9 +215,9 @@ def _group(work: _Work) -> list[list[str]]:
     weights = work.bundle.manifest.files[work.bundle.manifest.weights_file].bytes
     if work.engine != "onnxruntime" or 2 * weights * len(work.made) > find_memory_gib() * 2**30 / 2:
         return [[name] for name in work.made]
-    groups: dict[tuple[int, int], list[str]] = {}
+    groups: dict[tuple[int, int, int], list[str]] = {}
     for name in work.made:
-        groups.setdefault((work.profile(name).batch, work.profile(name).max_text), []).append(name)
+        groups.setdefault((work.profile(name).batch, *work.profile(name).lengths), []).append(name)
     return list(groups.values())
 
 
