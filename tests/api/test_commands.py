@@ -167,7 +167,7 @@ def test_prune_makes_a_variant_whose_prompts_cost_what_they_are_long(bundle: Pat
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps({"image": str(picture), "prompt": prompt}) + "\n" for prompt in (ASK, f"{ASK} red")))
     asked = package.evaluate(bundle, data, variants=["iwp-22", "iwp-22-dynamic"], out=tmp_path / "answers").scores
-    assert [score.variant for score in asked] == ["full", "iwp-22", "iwp-22-dynamic"] and asked[1].same == asked[2].same
+    assert [score.variant for score in asked] == ["full", "iwp-22", "iwp-22-dynamic"] and asked[1].agreement == asked[2].agreement
     said = sievert("collect", bundle, "--variant", "iwp-22-dynamic", "--data", data, "--out", tmp_path / "collected")
     assert said.code == 2 and "--static-text" in said.err
     wide = PromptBatch(*[np.zeros((1, 41), np.int64)] * 5, lengths=(41,), rows=1)
