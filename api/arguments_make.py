@@ -79,10 +79,25 @@ SamplePrompts = Annotated[
         rich_help_panel=SIZES,
     ),
 ]
+DynamicText = Annotated[
+    bool,
+    Option(
+        "--dynamic-text", help="Prompts cost what they are long: --max-text only limits them. All else stays fixed.", rich_help_panel=SIZES
+    ),
+]
 
 # prune
 MaxTextAsFull = Annotated[
     int | None, Option("--max-text", metavar="N", help=f"Tokens of a prompt beside the image's. {_AS_FULL}", rich_help_panel=SIZES)
+]
+DynamicTextAsFull = Annotated[
+    bool | None,
+    Option(
+        "--dynamic-text/--static-text",
+        help=f"Prompts cost what they are long, or what --max-text says. {_AS_FULL}",
+        show_default=False,
+        rich_help_panel=SIZES,
+    ),
 ]
 MaxNewTokensAsFull = Annotated[
     int | None, Option("--max-new-tokens", metavar="N", help=f"Tokens of an answer. {_AS_FULL}", rich_help_panel=SIZES)

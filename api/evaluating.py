@@ -220,9 +220,9 @@ def _group(work: _Work) -> list[list[str]]:
     held = weights if work.low_memory else 2 * weights * len(work.made)
     if work.runtime.name != "onnxruntime" or held > find_memory_gib() * 2**30 / 2:
         return [[name] for name in work.made]
-    groups: dict[tuple[int, int], list[str]] = {}
+    groups: dict[tuple[int, int, int], list[str]] = {}
     for name in work.made:
-        groups.setdefault((work.profile(name).batch, work.profile(name).max_text), []).append(name)
+        groups.setdefault((work.profile(name).batch, *work.profile(name).lengths), []).append(name)
     return list(groups.values())
 
 

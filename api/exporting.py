@@ -50,6 +50,7 @@ def export(
     name: str = "",
     max_text: Size = "auto",
     max_new_tokens: int = 128,
+    dynamic_text: bool = False,
     batch: int = 1,
     decode_batch: Size = "auto",
     images: Size = "auto",
@@ -65,7 +66,8 @@ def export(
 
     The variant ``full`` is always made; ``cuts``, or in their place a ``plan`` or the YAML file of one, make a pruned one beside it, none
     at all if empty. Then the engines are built. ``images`` is how many each prompt has; ``frames``, if not 0, how many the
-    video has that each prompt has instead. What was asked for is checked against the model's configuration before its weights are read.
+    video has that each prompt has instead. With ``dynamic_text`` prefill takes prompts of any
+    length up to ``max_text``. What was asked for is checked against the model's configuration before its weights are read.
     ``force`` replaces a bundle.
 
     ``max_text`` ``auto`` is what the longest of ``sample_prompts`` takes, rounded up to a multiple of 16, or 128. ``sample_images`` are
@@ -106,6 +108,7 @@ def export(
         images=images,
         max_text=DEFAULT_TEXT if max_text == "auto" else max_text,
         max_new_tokens=max_new_tokens,
+        dynamic_text=dynamic_text,
     )
     plans = name_plans(geometry, cuts, positions=positions, name=name, images=images)
     progress("tracing the model")

@@ -173,6 +173,7 @@ def make_profile(
     images: int = 1,
     max_text: int = DEFAULT_TEXT,
     max_new_tokens: int = 128,
+    dynamic_text: bool = False,
 ) -> Profile:
     """The profile for a model, checked against it; ``decode_batch`` ``auto`` is ``batch``. ``images`` are those of one prompt.
 
@@ -186,6 +187,7 @@ def make_profile(
         visual_tokens=images * geometry.visual_tokens,
         max_text=max_text,
         max_new_tokens=max_new_tokens,
+        dynamic_text=dynamic_text,
     )
     profile.check(geometry)
     return profile
@@ -226,7 +228,7 @@ def describe_profile(profile: Profile) -> str:
     images = f"--images {profile.images} " if profile.images > 1 else ""
     return (
         f"--batch {profile.batch} --decode-batch {profile.decode_batch} {images}--max-text {profile.max_text} "
-        f"--max-new-tokens {profile.max_new_tokens}"
+        f"--max-new-tokens {profile.max_new_tokens}{' --dynamic-text' if profile.dynamic_text else ''}"
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from sievert.bundle.errors import VariantError
 from sievert.bundle.manifest import Variant
@@ -37,6 +38,7 @@ def prune(
     name: str = "",
     max_text: Size = "auto",
     max_new_tokens: Size = "auto",
+    dynamic_text: bool | Literal["auto"] = "auto",
     batch: Size = "auto",
     decode_batch: Size = "auto",
     images: Size = "auto",
@@ -47,8 +49,9 @@ def prune(
     """Add a variant that drops visual tokens; no ``cuts`` make an unpruned one. ``plan``, or the YAML file of one, takes their place.
 
     Sizes that are ``auto`` are those of the variant ``full``; ``images`` is how many each prompt has. With ``sample_prompts`` ``max_text``
-    is what the longest of them takes, rounded up to a multiple of 16. An empty ``name`` is made from the plan, for example ``iwp-22``, or
-    ``iwp-22-2-images`` where ``full`` takes another number.
+    is what the longest of them takes, rounded up to a multiple of 16. With ``dynamic_text`` prefill takes prompts of any length up to
+    ``max_text``. An empty ``name`` is made from the plan, for example ``iwp-22``, or ``iwp-22-2-images`` and ``iwp-22-dynamic`` where
+    ``full`` is otherwise.
 
     Raises:
         PlanError, ProfileError: what is asked for does not fit the model.
@@ -74,14 +77,23 @@ def prune(
         images=images,
         max_text=defaults.max_text if max_text == "auto" else max_text,
         max_new_tokens=defaults.max_new_tokens if max_new_tokens == "auto" else max_new_tokens,
+        dynamic_text=defaults.dynamic_text if dynamic_text == "auto" else dynamic_text,
     )
     checked = make_plan(geometry, cuts, positions=positions, images=profile.images)
-    chosen = name or name_variant(checked, "" if profile.images == defaults.images else f"-{profile.images}-images")
+    chosen = name or name_variant(checked, _differences(profile, defaults))
     check_name(chosen, checked)
     opened.require_new_variant(chosen, force=force)
     if full is None and chosen != FULL:  # an export was interrupted before it came to that
         add(opened, plan=Plan(), profile=profile, name=FULL, force=False, progress=progress)
     return add(opened, plan=checked, profile=profile, name=chosen, force=force, progress=progress)
+
+
+def _differences(profile: Profile, defaults: Profile) -> str:
+    """What a variant's name says beside its plan: how its prompts are others than those of ``full``."""
+    suffix = "" if profile.images == defaults.images else f"-{profile.images}-images"
+    if profile.dynamic_text != defaults.dynamic_text:
+        suffix += "-dynamic" if profile.dynamic_text else "-static"
+    return suffix
 
 
 def check_name(name: str, plan: Plan) -> None:

@@ -63,7 +63,8 @@ def variant_row(name: str, variant: Variant) -> tuple[str, ...]:
     profile = variant.profile
     batches = str(profile.batch) if profile.batch == profile.decode_batch else f"{profile.batch} / {profile.decode_batch}"
     keeps = escape(describe_cuts(variant.plan, profile.visual_tokens)) + (f"; {profile.images} images" if profile.images > 1 else "")
-    return name, keeps, batches, str(profile.max_text), str(profile.max_new_tokens)
+    text = f"{'up to ' if profile.dynamic_text else ''}{profile.max_text}"
+    return name, keeps, batches, text, str(profile.max_new_tokens)
 
 
 VARIANT_COLUMNS = ("variant", "keeps", "batch", "max text", "max new tokens")

@@ -27,6 +27,7 @@ from benchmarks.performance_decode import cache_rows, decode_rows
 from benchmarks.performance_model import KEEPS, LAYER, TEXT, VISUAL, Reference, make_reference, name_of
 from benchmarks.performance_rows import Case, Row, judge
 from benchmarks.performance_select import share_rows
+from benchmarks.performance_text import text_rows
 from benchmarks.stamp import ROOT, describe_machine, hash_code
 from sievert.graph_passes.bound import build_bound
 from sievert.graph_passes.flops import count_flops
@@ -35,7 +36,7 @@ MEASURED: Final = (
     "engines",
     "exporter",
     "graph_passes",
-    *(f"benchmarks/performance{part}.py" for part in ("", "_decode", "_model", "_peers", "_rows", "_select")),
+    *(f"benchmarks/performance{part}.py" for part in ("", "_decode", "_model", "_peers", "_rows", "_select", "_text")),
 )
 LAYERS: Final = 24
 VOCABULARY: Final = 151936
@@ -141,6 +142,7 @@ ROWS: Final[Mapping[str, Callable[[Case], list[Row]]]] = {
     "decode": decode_rows,
     "caches": cache_rows,
     "visual": share_rows,
+    "text": text_rows,
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import model_validator
 
 from sievert.bundle.errors import ProfileError
-from sievert.bundle.specs import Geometry, Record
+from sievert.bundle.specs import SEQUENCE, Geometry, Record
 
 
 class Profile(Record):
@@ -13,7 +13,7 @@ class Profile(Record):
 
     ``batch`` and ``decode_batch`` count rows, ``images`` the images of one prompt; ``visual_tokens`` (Nv, of all its images),
     ``max_text`` and ``max_new_tokens`` count tokens. ``max_text`` is everything of the prompt that is not a visual token, template
-    included.
+    included. With ``dynamic_text`` prompts are as long as the longest of their batch, up to that; all else stays fixed, caches too.
     """
 
     batch: int = 1
@@ -22,10 +22,11 @@ class Profile(Record):
     visual_tokens: int
     max_text: int
     max_new_tokens: int
+    dynamic_text: bool = False
 
     @model_validator(mode="after")
     def _positive(self) -> Profile:
-        for field, value in self.model_dump().items():
+        for field, value in self.model_dump(exclude={"dynamic_text"}).items():
             if value < 1:
                 raise ProfileError(f"{field}={value}: every size of a profile is at least 1")
         return self
@@ -37,8 +38,18 @@ class Profile(Record):
 
     @property
     def sequence(self) -> int:
-        """S: the full prompt length, visual tokens included."""
+        """S: the full prompt length, visual tokens included; with dynamic text the largest."""
         return self.visual_tokens + self.max_text
+
+    @property
+    def sequence_axis(self) -> int | str:
+        """S as shapes have it: a number, or its name where text is dynamic."""
+        return SEQUENCE if self.dynamic_text else self.sequence
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """The shortest and the longest a graph's sequence may be: an image and a word, and S. Equal without dynamic text."""
+        return (self.visual_tokens + 1 if self.dynamic_text else self.sequence), self.sequence
 
     def capacity(self, dropped: int = 0) -> int:
         """C_s: rows of a layer's cache after ``dropped`` tokens were pruned in all."""

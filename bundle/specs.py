@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+
+SEQUENCE: Final = "sequence"
+"""The one axis of a variant's graphs that may be named: how many tokens the prompts at hand have, where its text is dynamic."""
+
+
+def name_axis(dropped: int) -> str:
+    """The axis of a sequence that is ``dropped`` tokens shorter than the prompts: :data:`SEQUENCE`, or ``sequence - 12``."""
+    return f"{SEQUENCE} - {dropped}" if dropped else SEQUENCE
+
+
+def size_axis(axis: int | str, sequence: int) -> int | str:
+    """The size of an axis for prompts of ``sequence`` tokens; unchanged where it does not vary with them."""
+    whole, _, dropped = str(axis).partition(" - ")
+    return sequence - int(dropped or 0) if whole == SEQUENCE else axis
 
 
 class Record(BaseModel):

@@ -105,8 +105,8 @@ def collect(
     ends earlier has fewer.
 
     Raises:
-        CalibrationError: too few samples, one that leads to NaN or infinity (named), no answer that reaches a step, too little disk, or a
-            ``place`` that is taken.
+        CalibrationError: too few samples, one that leads to NaN or infinity (named), no answer that reaches a step, too little disk, a
+            ``place`` that is taken, or a variant of dynamic text.
         EngineUnavailableError: the engine cannot run on this machine.
         BundleError: the bundle is not what its manifest says, or the folder cannot be written.
     """
@@ -116,6 +116,10 @@ def collect(
     if reason := runtime.unavailable():
         raise EngineUnavailableError(reason)
     profile = bundle.variant(variant).profile
+    if profile.dynamic_text:  # what is recorded inside a graph is as long as it was made for
+        raise CalibrationError(
+            f"variant {variant!r} takes prompts of any length, and calibration data is collected at one: make a variant with --static-text"
+        )
     prompter = Prompter(bundle.path, bundle.manifest.geometry, profile)
     recorder = Recorder(runtime)
     tokens: list[list[int]] = [[] for _ in material.samples]

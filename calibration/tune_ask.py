@@ -237,7 +237,7 @@ class Asker:
         if key not in self._made:
             graphs = self.preview(plan).graphs
             hashes = {graph: sha256_bytes(content) for graph, content in graphs.items()}
-            flops = {graph: _count(graphs[graph]) for graph in ("prefill", "vision_encoder")}
+            flops = {graph: _count(graphs[graph], self._profile.sequence) for graph in ("prefill", "vision_encoder")}
             made = Made(identify_graphs(self._bundle, hashes), flops["prefill"], flops["vision_encoder"], hashes["vision_encoder"])
             self._plans.append([{"plan": key, "source": self._source, "made": asdict(made)}])
             self._made[key] = made
@@ -289,8 +289,8 @@ def find_versions() -> dict[str, str]:
     return found
 
 
-def _count(content: bytes) -> int:
-    return count_flops(ir.from_proto(onnx.load_from_string(content)))
+def _count(content: bytes, sequence: int) -> int:
+    return count_flops(ir.from_proto(onnx.load_from_string(content)), sequence)
 
 
 def _bytes(row: Mapping[str, Array]) -> int:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Final
+from typing import Final, TypeVar
 
 import onnx_ir as ir
 
@@ -20,6 +20,7 @@ from sievert.bundle.errors import GraphError
 _SCOPES: Final = "pkg.torch.onnx.name_scopes"
 _SHAPE_OPS: Final = frozenset({"Transpose", "Reshape", "Cast", "Squeeze", "Unsqueeze"})
 _NORM_OPS: Final = frozenset({"RMSNormalization", "LayerNormalization"})
+Size = TypeVar("Size", bound=int | str)
 _CAP_OPS: Final = frozenset({"Cast", "Div", "Mul", "Tanh"})
 
 
@@ -83,7 +84,7 @@ class Decoder:
         shape = self.position_ids.shape
         return _static_axis(self.position_ids, 0) if shape is not None and len(shape) == 3 else 1
 
-    def position_shape(self, batch: int, length: int) -> list[int]:
+    def position_shape(self, batch: int, length: Size) -> list[int | Size]:
         """Of position ids: ``[B, S]``, or ``[axes, B, S]`` where there are several."""
         return [*([self.position_axes] if self.position_axes > 1 else ()), batch, length]
 

@@ -17,6 +17,8 @@ from onnx_ir.passes.common import (
 from onnxscript import optimizer
 
 from sievert.bundle.errors import GraphError
+from sievert.bundle.specs import SEQUENCE
+from sievert.graph_passes.lengths import name_axes, varies_with_prompts
 
 # Folding below this many elements; a folded constant stays far under 1 MiB, and weights are never touched.
 _FOLD_ELEMENTS: Final = 8192
@@ -76,14 +78,16 @@ class FixShapes(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified=modified)
 
     def ensures(self, model: ir.Model) -> None:
-        """No symbolic size is left.
+        """No symbolic size is left; where an input has the one axis that may vary, none in what the graph gives but that axis itself.
 
         Raises:
             GraphError: a value whose shape is not all numbers; the message names it.
         """
+        varies = varies_with_prompts(model)
+        outputs = {value for value in model.graph.outputs if SEQUENCE not in name_axes(value)}
         for node in model.graph:
             for value in node.outputs:
-                if value.shape is not None and value.shape.is_dynamic():
+                if value.shape is not None and value.shape.is_dynamic() and (not varies or value in outputs):
                     raise GraphError(f"{value.name!r} of {node.op_type} node {node.name!r} still has the shape {value.shape}")
 
 

@@ -7,18 +7,34 @@ from math import prod
 import onnx_ir as ir
 
 from sievert.bundle.errors import GraphError
+from sievert.bundle.specs import size_axis
+from sievert.graph_passes.finish import FixShapes
+from sievert.graph_passes.lengths import varies_with_prompts
 
 
-def count_flops(model: ir.Model) -> int:
+def count_flops(model: ir.Model, sequence: int = 0) -> int:
     """Floating point operations of one run: two for each multiply-add of the MatMul, Gemm, Conv and Attention nodes.
 
     Causal attention is counted in full, as engines without a causal kernel compute it. Norms, activations, softmax and everything that
-    only moves data are left out: in a decoder they are below a hundredth of the whole.
+    only moves data are left out: in a decoder they are below a hundredth of the whole. Of a graph that takes prompts of any length, those
+    for ``sequence`` tokens.
 
     Raises:
         GraphError: a node whose shapes are not all numbers: the graph is not static.
     """
-    return sum(_count_node(node) for node in model.graph)
+    fixed = _fix_length(model, sequence) if sequence and varies_with_prompts(model) else model
+    return sum(_count_node(node) for node in fixed.graph)
+
+
+def _fix_length(model: ir.Model, sequence: int) -> ir.Model:
+    """A copy for prompts of one length, whose shapes are all numbers."""
+    fixed = model.clone()
+    for node in fixed.graph:
+        for value in node.outputs:
+            value.shape = None
+    for value in fixed.graph.inputs:
+        value.shape = ir.Shape([axis if isinstance(axis, int) else size_axis(str(axis.value), sequence) for axis in value.shape or ()])
+    return FixShapes()(fixed).model
 
 
 def _count_node(node: ir.Node) -> int:

@@ -20,6 +20,7 @@ from onnxscript import GraphBuilder
 from sievert.bundle.errors import GraphError
 from sievert.graph_passes.decoder import Layer
 from sievert.graph_passes.instance import Instance
+from sievert.graph_passes.lengths import sizes
 from sievert.graph_passes.rows import Rows, gather_rows
 
 
@@ -33,7 +34,7 @@ class Planes:
         self._values = [build.input(f"deepstack.{index}", dtype, shape) for index in range(count)]
         if self._values:
             # A word's place is behind the last visual token's, where the zeros stand.
-            words = op.Expand([rows.visual], [rows.batch, rows.length])
+            words = op.Expand([rows.visual], sizes(op, rows.batch, rows.length))
             self._places: ir.Value = op.ScatterElements(words, rows.visual_index, rows.original_visual, axis=1)  # [B, S]
 
     def has(self, layer: Layer) -> bool:

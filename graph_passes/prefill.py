@@ -26,6 +26,7 @@ from sievert.bundle.profile import Profile
 from sievert.graph_passes.decoder import Decoder, Layer
 from sievert.graph_passes.groups import Cutting, select_by_image
 from sievert.graph_passes.instance import Instance
+from sievert.graph_passes.lengths import Length, sizes
 from sievert.graph_passes.planes import Planes
 from sievert.graph_passes.rows import cut_rows, describe_rows, gather_positions, gather_rows
 from sievert.graph_passes.selectors.base import StageGeometry, StageInputs, Tap
@@ -80,7 +81,7 @@ class _Splice:
         self._sights, self._displaced = sights, find_displaced(plan, sights)
         self._masks: dict[Sight, ir.Value] = {}
         self._build = build = GraphBuilder(ir.Graph([], [], nodes=[], opset_imports={"": 24}, name="prefill"))
-        batch, length, visual = profile.batch, profile.sequence, profile.visual_tokens
+        batch, length, visual = profile.batch, profile.sequence_axis, profile.visual_tokens
         self._embeds = build.input("inputs_embeds", decoder.dtype, [batch, length, decoder.width])
         position_ids = build.input("position_ids", ir.DataType.INT64, decoder.position_shape(batch, length))
         self._attention_mask = build.input("attention_mask", ir.DataType.INT64, [batch, length])
@@ -95,7 +96,7 @@ class _Splice:
         self._rows = describe_rows(
             build,
             batch=batch,
-            length=length,
+            length=_measure(build, profile, self._attention_mask),
             visual=visual,
             attention_mask=self._attention_mask,
             visual_index=visual_index,
@@ -117,6 +118,7 @@ class _Splice:
         """Let the selector rank the visual tokens before ``layer``, and go on with the kept rows."""
         build, compact = self._build, self._plan.positions == "compact"
         stream = _name_value(build, self._segment.get(layer.residual), f"stage.{number}.residual")
+        self._state_shape(stream, self._decoder.width)
         inputs = self._stage_inputs(cutting)
         build.push_module(f"select.{number}", cutting.selector.name)
         selection = select_by_image(build, cutting, inputs)
@@ -129,22 +131,30 @@ class _Splice:
         self._kept.append((f"kept_index.{number}", cut.kept_index))
         if number in self._displaced:
             self._kept.append((name_original_row(number), self._describe_cache_rows()))
-        self._enter(layer.index, gather_rows(build, stream, cut.source), f"tail.{number}")
+        self._enter(layer.index, self._state_shape(gather_rows(build, stream, cut.source), self._decoder.width), f"tail.{number}")
+
+    def _state_shape(self, value: ir.Value, *inner: int) -> ir.Value:
+        """Say that ``value`` is ``[B, S', D]``, or ``[B, H, S', d]``: where S varies, inference does not follow it through reshapes."""
+        *heads, size = inner
+        value.shape = ir.Shape([self._rows.batch, *heads, self._rows.length.axis, size])
+        return value
 
     def _describe_cache_rows(self) -> ir.Value:
         """The row of the unpruned sequence that each row of the caches from here on is: ``[B, C_s]``. New tokens come behind all S."""
-        op, profile = self._build.op, self._profile
-        new = op.Unsqueeze(op.Range(profile.sequence, profile.capacity(), 1), [0])
-        rows: ir.Value = op.Concat(self._rows.original_row, op.Expand(new, [profile.batch, profile.max_new_tokens]), axis=1)
+        op, profile, length = self._build.op, self._profile, self._rows.length
+        shape = [profile.batch, profile.capacity(length.dropped)]
+        new = op.Expand(op.Unsqueeze(op.Range(length.dropped, profile.capacity(), 1), [0]), shape)
+        places = op.Expand(op.Unsqueeze(op.Range(0, length.count(op), 1), [0]), sizes(op, profile.batch, length))
+        rows: ir.Value = op.ScatterElements(new, places, self._rows.original_row, axis=1)
         return rows
 
     def _stage_inputs(self, cutting: Cutting) -> StageInputs:
-        rows, decoder = self._rows, self._decoder
+        rows, decoder, profile = self._rows, self._decoder, self._profile
         geometry = StageGeometry(
             layer=cutting.layer,
             depth=decoder.depth,
             batch=rows.batch,
-            sequence=rows.length,
+            sequence=rows.length.most,
             visual=rows.visual,
             keep=cutting.keep,
             heads=decoder.heads,
@@ -152,9 +162,10 @@ class _Splice:
             head_size=decoder.head_size,
             attention_scale=decoder.layers[cutting.layer].scale,
             grid=self._grid,
-            original_visual=self._profile.visual_tokens,
+            original_visual=profile.visual_tokens,
             since=self._start,
             softcap=decoder.layers[cutting.layer].softcap,
+            varying=rows.length if profile.dynamic_text else None,
         )
         return StageInputs(
             geometry=geometry,
@@ -189,7 +200,9 @@ class _Splice:
             self._attend_last(layer)
             return
         op, segment, sight = self._build.op, self._segment, self._sights.of(layer.index)
-        query, key, value = segment.get(layer.q_rotary), segment.get(layer.k_rotary), segment.get(layer.v)
+        heads, kv_heads, size = self._decoder.heads, self._decoder.kv_heads, self._decoder.head_size
+        query = self._state_shape(segment.get(layer.q_rotary), heads, size)
+        key, value = (self._state_shape(segment.get(each), kv_heads, size) for each in (layer.k_rotary, layer.v))
         mask = [] if sight.causal else [self._mask(sight)]
         options = {"is_causal": 1} if sight.causal else {}
         segment.bind(layer.attended, op.Attention(query, key, value, *mask, **options, **attention_options(layer)))
@@ -203,13 +216,15 @@ class _Splice:
     def _attend_last(self, layer: Layer) -> None:
         """As :meth:`attend`, but go on with the last real row alone: ``[B, 1, D]``."""
         build, op, rows = self._build, self._build.op, self._rows
-        key, value = self._segment.get(layer.k_rotary), self._segment.get(layer.v)
+        inner = self._decoder.kv_heads, self._decoder.head_size
+        key, value = (self._state_shape(self._segment.get(each), *inner) for each in (layer.k_rotary, layer.v))
         self._store(layer, key, value)
         last = self._find_last()
         stream = gather_rows(build, self._segment.get(layer.residual), last)  # [B, 1, D]
         positions = gather_positions(build, rows, last, (rows.batch, 1))
         self._segment = row = enter_decoder(build, self._decoder, layer.index, stream, positions, scope="last", weights=self._weights)
-        seen = op.LessOrEqual(op.Unsqueeze(op.Range(0, rows.length, 1), [0, 1, 2]), op.Unsqueeze(last, [1, 2]))  # [B, 1, 1, S']
+        seen = op.LessOrEqual(op.Unsqueeze(op.Range(0, rows.length.count(op), 1), [0, 1, 2]), op.Unsqueeze(last, [1, 2]))
+        seen.shape = ir.Shape([rows.batch, 1, 1, rows.length.axis])
         row.bind(layer.attended, op.Attention(row.get(layer.q_rotary), key, value, seen, **attention_options(layer)))
 
     def _store(self, layer: Layer, key: ir.Value, value: ir.Value) -> None:
@@ -220,8 +235,8 @@ class _Splice:
 
     def _find_last(self) -> ir.Value:
         """The row of the last real token among those that are left: ``[B, 1]``."""
-        op, dropped = self._build.op, self._profile.sequence - self._rows.length
-        last: ir.Value = op.Sub(op.ReduceSum(self._attention_mask, [1], keepdims=1), dropped + 1)
+        op = self._build.op
+        last: ir.Value = op.Sub(op.ReduceSum(self._attention_mask, [1], keepdims=1), self._rows.length.dropped + 1)
         return last
 
     def _mask(self, sight: Sight) -> ir.Value:
@@ -230,6 +245,7 @@ class _Splice:
             self._build.push_module("sight")
             places = Places(self._rows.original_row, self._rows.block)
             self._masks[sight] = self._build.op.Unsqueeze(see(self._build.op, sight, places, places), [1])
+            self._masks[sight].shape = ir.Shape([self._rows.batch, 1, self._rows.length.axis, self._rows.length.axis])
             self._build.pop_module()
         return self._masks[sight]
 
@@ -243,6 +259,13 @@ class _Splice:
         for name, value in [("logits", logits), *self._presents, *self._kept]:
             add_named_output(build, value, name)
         return ir.Model(build.graph, ir_version=11, producer_name="sievert")
+
+
+def _measure(build: GraphBuilder, profile: Profile, attention_mask: ir.Value) -> Length:
+    """S, read off ``attention_mask[B, S]`` where text is dynamic."""
+    if not profile.dynamic_text:
+        return Length(profile.sequence)
+    return Length(profile.sequence, build.op.Squeeze(build.op.Shape(attention_mask, start=1), [0]))
 
 
 def attention_options(layer: Layer) -> dict[str, float | int]:

@@ -1,4 +1,4 @@
-"""Which rows of a sequence are what, and which survive a cut: index arithmetic of the splice, static shapes only.
+"""Which rows of a sequence are what, and which survive a cut: index arithmetic of the splice. Of all sizes S alone may vary.
 
 Every function takes the op builder and values, and returns values; dimensions are those of the graphs' contract (B, S, Nv, K).
 """
@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import onnx_ir as ir
 from onnxscript import GraphBuilder
 
+from sievert.graph_passes.lengths import Length, Op, sizes
 from sievert.graph_passes.sight import TwoWay
 
 
@@ -26,7 +27,7 @@ class Rows:
     """
 
     batch: int
-    length: int
+    length: Length
     visual: int
     visual_index: ir.Value
     original_visual: ir.Value
@@ -55,7 +56,7 @@ def describe_rows(
     build: GraphBuilder,
     *,
     batch: int,
-    length: int,
+    length: Length,
     visual: int,
     attention_mask: ir.Value,
     visual_index: ir.Value,
@@ -67,7 +68,7 @@ def describe_rows(
     """The unpruned sequence, from prefill's inputs."""
     op = build.op
     counter = _make_counter(build, length)  # [1, S]
-    is_visual = op.Greater(_scatter_ones(build, op.Expand([0], [batch, length]), visual_index, (batch, visual)), 0)
+    is_visual = op.Greater(_scatter_ones(build, op.Expand([0], sizes(op, batch, length)), visual_index, (batch, visual)), 0)
     real = op.Greater(attention_mask, 0)  # [B, S]
     all_text = op.And(real, op.Not(is_visual))
     first = op.Slice(visual_index, [0], [1], [1])  # [B, 1]
@@ -78,7 +79,7 @@ def describe_rows(
         visual=visual,
         visual_index=visual_index,
         original_visual=op.Expand(_make_counter(build, visual), [batch, visual]),
-        original_row=op.Expand(counter, [batch, length]),
+        original_row=op.Expand(counter, sizes(op, batch, length)),
         position_ids=position_ids,
         position_axes=position_axes,
         is_visual=is_visual,
@@ -95,7 +96,7 @@ def cut_rows(build: GraphBuilder, rows: Rows, order: ir.Value, keep: int, *, com
     """Drop every visual token but those at places ``order[B, K]``; text and padding stay, everything in its old order."""
     op = build.op
     batch, length, visual = rows.batch, rows.length, rows.visual
-    after = length - visual + keep
+    after = length.less(visual - keep)
     no_places = op.Expand([0], [batch, visual])
     taken = _scatter_ones(build, no_places, order, (batch, keep))  # [B, Nv]
     places = _order_kept_first(build, taken, (batch, visual), keep)[0]  # [B, K] ascending
@@ -105,7 +106,9 @@ def cut_rows(build: GraphBuilder, rows: Rows, order: ir.Value, keep: int, *, com
     position_ids = gather_positions(build, rows, source, (batch, after))
     if compact:
         first = rows.first_position
-        position_ids = op.Expand(op.Unsqueeze(op.Range(first, first + after, 1), [0]), [batch, after])
+        numbers = op.Unsqueeze(op.Range(first, after.less(-first).count(op), 1), [0])
+        position_ids = op.Expand(numbers, sizes(op, batch, after))
+    position_ids.shape = ir.Shape([*([rows.position_axes] if rows.position_axes > 1 else ()), batch, after.axis])
     following = replace(
         rows,
         length=after,
@@ -143,15 +146,17 @@ def gather_rows(build: GraphBuilder, stream: ir.Value, source: ir.Value) -> ir.V
     return rows
 
 
-def gather_positions(build: GraphBuilder, rows: Rows, source: ir.Value, shape: tuple[int, int]) -> ir.Value:
+def gather_positions(build: GraphBuilder, rows: Rows, source: ir.Value, shape: tuple[int, int | Length]) -> ir.Value:
     """Positions of the rows ``source`` of ``shape`` ``[B, n]``, each with all its axes: ``[B, n]`` or ``[A, B, n]``."""
     op, axes = build.op, rows.position_axes
-    index = source if axes == 1 else op.Expand(source, [axes, *shape])
+    index = source if axes == 1 else op.Expand(source, sizes(op, axes, *shape))
     positions: ir.Value = op.GatherElements(rows.position_ids, index, axis=1 if axes == 1 else 2)
     return positions
 
 
-def _order_kept_first(build: GraphBuilder, flags: ir.Value, shape: tuple[int, int], count: int) -> tuple[ir.Value, ir.Value]:
+def _order_kept_first(
+    build: GraphBuilder, flags: ir.Value, shape: tuple[int, int | Length], count: int | Length
+) -> tuple[ir.Value, ir.Value]:
     """Stable partition of n columns by ``flags[B, n]`` (int64, ``count`` ones a row).
 
     Returns the first ``count`` columns of the partition ``[B, count]``, and each column's slot ``[B, n]``. A permutation is scattered, as
@@ -161,9 +166,10 @@ def _order_kept_first(build: GraphBuilder, flags: ir.Value, shape: tuple[int, in
     counter = _make_counter(build, shape[1])  # [1, n]
     ones_so_far = op.CumSum(flags, 1)  # [B, n]
     zeros_so_far = op.Sub(op.Add(counter, 1), ones_so_far)
-    slot = op.Sub(op.Where(op.Greater(flags, 0), ones_so_far, op.Add(zeros_so_far, count)), 1)
-    columns = op.ScatterElements(op.Expand(counter, list(shape)), slot, op.Expand(counter, list(shape)), axis=1)
-    return op.Slice(columns, [0], [count], [1]), slot
+    slot = op.Sub(op.Where(op.Greater(flags, 0), ones_so_far, op.Add(zeros_so_far, _number(op, count))), 1)
+    spread = op.Expand(counter, sizes(op, *shape))
+    columns = op.ScatterElements(spread, slot, spread, axis=1)
+    return op.Slice(columns, [0], sizes(op, count), [1]), slot
 
 
 def _scatter_ones(build: GraphBuilder, data: ir.Value, index: ir.Value, shape: tuple[int, int]) -> ir.Value:
@@ -179,7 +185,11 @@ def _gather_flags(build: GraphBuilder, flags: ir.Value, source: ir.Value) -> ir.
     return gathered
 
 
-def _make_counter(build: GraphBuilder, length: int) -> ir.Value:
+def _make_counter(build: GraphBuilder, length: int | Length) -> ir.Value:
     """0..n-1 as ``[1, n]`` int64."""
-    counter: ir.Value = build.op.Unsqueeze(build.op.Range(0, length, 1), [0])
+    counter: ir.Value = build.op.Unsqueeze(build.op.Range(0, _number(build.op, length), 1), [0])
     return counter
+
+
+def _number(op: Op, count: int | Length) -> int | ir.Value:
+    return count.count(op) if isinstance(count, Length) else count

@@ -13,8 +13,8 @@ from sievert.graph_passes.instance import Instance
 from sievert.graph_passes.prefill import add_named_output
 
 
-def specialise(model: ir.Model, shapes: Mapping[str, Sequence[int]]) -> ir.Model:
-    """A copy of ``model`` whose inputs have the given shapes and whose inner shapes are all numbers.
+def specialise(model: ir.Model, shapes: Mapping[str, Sequence[int | str]]) -> ir.Model:
+    """A copy of ``model`` whose inputs have the given shapes and whose inner shapes are all numbers, but for an axis given by name.
 
     Before::
 

@@ -44,7 +44,7 @@ def make_variant(
     progress("reading the decoder")
     decoder = find_decoder(dynamic["decoder"])
     sights = read_sights(decoder, profile.capacity(), two_way=geometry.two_way, prompt=profile.sequence, images=profile.image_tokens)
-    batch, length, pictures = profile.batch, profile.sequence, profile.batch * profile.images
+    batch, length, pictures = profile.batch, profile.sequence_axis, profile.batch * profile.images
     features = (batch, profile.visual_tokens, geometry.width)
     progress("vision_encoder")
     alone = isinstance(_first_axis(dynamic["vision_encoder"]), int)  # it takes one picture, and runs once for each

@@ -117,21 +117,21 @@ class AddVisionScores(ir.passes.InPlacePass):
     def _read_form(self, node: ir.Node) -> AttentionForm:
         """The numbers of an operator that is plain attention of all patches to all patches, one column per patch or class token."""
         form, what = read_attention(node), f"Attention node {node.name!r} of the vision encoder"
-        if form is None:
+        if form is None or form.fixed is None:
             raise GraphError(f"{what} has operands of unknown shape or dtype")
         if reason := refuse_decomposition(node, form) or ("it caps its scores (softcap)" if form.softcap else None):
             raise GraphError(f"{what} cannot be read: {reason}")
         if form.mask is not None or form.causal or form.heads != form.kv_heads:
             raise GraphError(f"{what} has a mask or grouped heads: expected every patch to see every patch, in {form.kv_heads} heads")
-        g = self.geometry
+        g, (query, keys) = self.geometry, form.fixed
         rows, columns = g.grid or (0, 0)
         patches, visual = rows * columns, g.visual_tokens
-        leading = form.keys - patches
+        leading = keys - patches
         # A bundle made before class tokens were recorded may have one.
         expected = {g.class_tokens} if g.vision_layers else {0, 1}
-        if form.query != form.keys or leading not in expected or not 0 <= form.keys - visual <= max(1, leading):
+        if query != keys or leading not in expected or not 0 <= keys - visual <= max(1, leading):
             raise GraphError(
-                f"{what} has {form.query} rows and {form.keys} columns; expected the {patches} patches of the grid and "
+                f"{what} has {query} rows and {keys} columns; expected the {patches} patches of the grid and "
                 f"{' or '.join(map(str, sorted(expected)))} class tokens, for {visual} visual tokens (merged or windowed patches?)"
             )
         return form
@@ -139,14 +139,15 @@ class AddVisionScores(ir.passes.InPlacePass):
     def _score_columns(self, op: Op, node: ir.Node, form: AttentionForm) -> ir.Value:
         """Mean attention that each key receives, over heads and the query rows that count: [B, N]."""
         query, key = node.inputs[0], node.inputs[1]
-        assert query is not None and key is not None  # noqa: S101 - or there would be no form
+        assert query is not None and key is not None and form.fixed is not None  # noqa: S101 - or there would be no form
         keys = op.Transpose(cast_float(op, key), perm=[0, 1, 3, 2])  # [B, H, d, N]
         scale = form.head_size**-0.5 if form.scale is None else form.scale
-        count, blocks = form.query, [query]
+        (queries, columns), blocks = form.fixed, [query]
+        count = queries
         if self.tap.reads_class_token(self.geometry):
             count, blocks = 1, [op.Slice(query, [0], [1], [2])]
-        elif (rows := max(1, self.largest_map // form.keys)) < form.query:
-            sizes = [min(rows, form.query - start) for start in range(0, form.query, rows)]
+        elif (rows := max(1, self.largest_map // columns)) < queries:
+            sizes = [min(rows, queries - start) for start in range(0, queries, rows)]
             blocks = list(take_outputs(op.Split(query, sizes, axis=2, _outputs=len(sizes))))
         received: list[ir.Value] = []
         for block in blocks:

@@ -16,17 +16,34 @@ _TAIL = 2000
 
 
 def build_engine(
-    module: str, graph: Path, engine: Path, capabilities: tuple[str, ...] = (), *, progress: Callable[[float], None] = lambda _: None
+    module: str,
+    graph: Path,
+    engine: Path,
+    capabilities: tuple[str, ...] = (),
+    *,
+    lengths: tuple[int, int] = (0, 0),
+    progress: Callable[[float], None] = lambda _: None,
 ) -> None:
-    """Build ``graph`` (a static ONNX file, weights beside it) into the file ``engine`` with the library ``module``.
+    """Build ``graph`` (an ONNX file, weights beside it) into the file ``engine`` with the library ``module``.
 
+    ``lengths`` are the fewest and the most tokens of a prompt, for a graph with an axis that varies with them; others do not look at it.
     ``progress`` gets the share done, 0 to 1. The process ends with this call, also when it is interrupted.
 
     Raises:
         EngineError: the parser or builder refused the graph, or the process died; the message holds its words.
     """
     # -P: a file named like a standard module in the user's folder must not be imported.
-    command = [sys.executable, "-P", "-m", "sievert.engines.build.worker", module, str(graph), str(engine), *capabilities]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "sievert.engines.build.worker",
+        module,
+        str(graph),
+        str(engine),
+        *map(str, lengths),
+        *capabilities,
+    ]
     outcome: dict[str, object] = {}
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as noise:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=noise, text=True, encoding="utf-8")

@@ -76,7 +76,7 @@ def build(
         made = {}
         for name, graph in lowered.items():
             tell(name, 0.0)
-            made[name] = _build_graph(step, builder, f"{variant_name}.{name}", graph, chosen, partial(tell, name))
+            made[name] = _build_graph(step, builder, f"{variant_name}.{name}", graph, chosen, variant.profile.lengths, partial(tell, name))
             tell(name, 1.0)
         entry = EngineEntry(target=builder.target, graphs=made)
         step.put_engine(variant_name, engine, entry)
@@ -108,7 +108,13 @@ def lower_graph(bundle: Bundle, builder: Builder, name: str, file: str) -> Lower
 
 
 def _build_graph(
-    step: OpenStep, builder: Builder, stem: str, graph: Lowered, capabilities: tuple[str, ...], progress: Callable[[float], None]
+    step: OpenStep,
+    builder: Builder,
+    stem: str,
+    graph: Lowered,
+    capabilities: tuple[str, ...],
+    lengths: tuple[int, int],
+    progress: Callable[[float], None],
 ) -> EngineFile:
     start = time.monotonic()
     source = graph.name if graph.content is None else step.add_bytes(f"{stem}.{builder.target}", ".onnx", graph.content)
@@ -116,7 +122,7 @@ def _build_graph(
     file = None
     if builder.module is not None:
         plan = step.temporary(".engine")
-        build_engine(builder.module, step.path / source, plan, capabilities, progress=progress)
+        build_engine(builder.module, step.path / source, plan, capabilities, lengths=lengths, progress=progress)
         file = step.add_file(plan, f"{stem}.{builder.engine}", ".engine")
     seconds = round(time.monotonic() - start, 3)
     logger.info("%s: built for %s in %.1f s", stem, builder.engine, seconds)

@@ -1,4 +1,4 @@
-"""A process that builds one engine: ``python -m sievert.engines.build.worker MODULE GRAPH.onnx OUT.engine [CAPABILITY...]``.
+"""A process that builds one engine: ``python -m sievert.engines.build.worker MODULE GRAPH.onnx OUT.engine FEWEST MOST [CAPABILITY...]``.
 
 A process of its own, because the builder can crash (a segmentation fault was seen on a valid graph), keeps several times the model's size
 in memory, and writes to standard error. Standard output carries one JSON object per line: ``{"done": 0.4}`` while building, and last
@@ -20,7 +20,7 @@ Report = Callable[[dict[str, object]], None]
 
 def main(arguments: list[str]) -> int:
     """Build, report on standard output; the exit code is 0 whenever the outcome was reported."""
-    module, graph, engine, *capabilities = arguments
+    module, graph, engine, fewest, most, *capabilities = arguments
     channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever the library prints goes to standard error
 
@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> int:
 
     trt = importlib.import_module(module)
     try:
-        report({"built": _build(trt, Path(graph), Path(engine), capabilities, report)})
+        report({"built": _build(trt, Path(graph), Path(engine), (int(fewest), int(most)), capabilities, report)})
     except _RefusedError as error:
         report({"failed": str(error)})
     return 0
@@ -40,7 +40,7 @@ class _RefusedError(Exception):
     """The parser or the builder said no."""
 
 
-def _build(trt: Any, graph: Path, engine: Path, capabilities: list[str], report: Report) -> int:
+def _build(trt: Any, graph: Path, engine: Path, lengths: tuple[int, int], capabilities: list[str], report: Report) -> int:
     logger = _make_logger(trt)
     builder = trt.Builder(logger)
     # TensorRT 11 and RTX are strongly typed whatever this says; TensorRT 10 must be asked.
@@ -60,6 +60,7 @@ def _build(trt: Any, graph: Path, engine: Path, capabilities: list[str], report:
         config.num_compute_capabilities = len(capabilities)
         for index, name in enumerate(capabilities):
             config.set_compute_capability(getattr(trt.ComputeCapability, name), index)
+    _allow_lengths(builder, network, config, *lengths)
     config.progress_monitor = monitor = _make_monitor(trt, report)
     plan = builder.build_serialized_network(network, config)
     del monitor
@@ -67,6 +68,18 @@ def _build(trt: Any, graph: Path, engine: Path, capabilities: list[str], report:
         raise _RefusedError("the builder refused the graph: " + ("; ".join(dict.fromkeys(logger.errors)) or "it gave no reason"))
     with engine.open("wb") as file:
         return file.write(memoryview(plan))
+
+
+def _allow_lengths(builder: Any, network: Any, config: Any, fewest: int, most: int) -> None:
+    """Let the one axis that varies be from ``fewest`` to ``most`` long, and best in the middle; nothing where all sizes are fixed."""
+    inputs = [network.get_input(index) for index in range(network.num_inputs)]
+    varying = {each.name: tuple(each.shape) for each in inputs if -1 in tuple(each.shape)}
+    if not varying:
+        return
+    profile = builder.create_optimization_profile()
+    for name, shape in varying.items():
+        profile.set_shape(name, *(tuple(length if size < 0 else size for size in shape) for length in (fewest, (fewest + most) // 2, most)))
+    config.add_optimization_profile(profile)
 
 
 def _explain(error: Any) -> str:

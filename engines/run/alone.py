@@ -15,7 +15,7 @@ from sievert.bundle.profile import Profile
 from sievert.bundle.specs import Geometry, TensorSpec
 from sievert.engines.run.base import Cache, Session, check_feeds
 from sievert.engines.run.dtypes import Array
-from sievert.engines.run.memory import Buffer, fixed_shape
+from sievert.engines.run.memory import Buffer, shape_at
 
 GIVEN: Final = "given_index"
 """Inputs that begin so hold the places of the tokens that are kept, in a graph that does not choose them."""
@@ -55,12 +55,12 @@ class Alone:
 
 
 def make_feed(spec: TensorSpec, geometry: Geometry, profile: Profile) -> Array:
-    """An input of a variant's graph: prompts without padding, the image after some text and before some, everything else random.
+    """An input of a variant's graph: prompts of all S tokens, the image after some text and before some, everything else random.
 
     Raises:
         EngineError: an input that no graph of the contract has.
     """
-    shape, rng = fixed_shape(spec), np.random.default_rng(0)
+    shape, rng = shape_at(spec, profile.sequence), np.random.default_rng(0)
     if spec.name.startswith(GIVEN):  # the first ones, which every stage has
         return np.broadcast_to(np.arange(shape[1]), shape).copy()
     if spec.name in ("pixel_values", "image_features", "inputs_embeds") or spec.name.startswith("deepstack."):

@@ -12,7 +12,7 @@ import numpy as np
 from sievert.bundle.errors import EngineError, ProfileError
 from sievert.bundle.specs import TensorSpec
 from sievert.engines.run.dtypes import Array, is_float, numpy_dtype
-from sievert.engines.run.memory import Buffer, Memory, fixed_shape
+from sievert.engines.run.memory import Buffer, Memory, find_sequence, fixed_shape, shape_at
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,8 @@ def check_feeds(graph: str, inputs: Sequence[TensorSpec], bound: frozenset[str] 
     if wanted.keys() != feeds.keys():
         missing, unknown = sorted(wanted.keys() - feeds.keys()), sorted(feeds.keys() - wanted.keys())
         raise EngineError(f"{graph}: inputs missing: {missing or 'none'}, not taken: {unknown or 'none'}; it takes {sorted(wanted)}")
-    return {name: _fit(graph, wanted[name], feed) for name, feed in feeds.items()}
+    sequence = find_sequence(wanted.values(), {name: np.asarray(feed) for name, feed in feeds.items()})
+    return {name: _fit(graph, wanted[name], feed, sequence) for name, feed in feeds.items()}
 
 
 def check_outputs(graph: str, specs: Sequence[TensorSpec], bound: set[str], asked: Sequence[str] | None) -> list[TensorSpec]:
@@ -142,9 +143,9 @@ def check_caches(graph: str, inputs: Sequence[TensorSpec], outputs: Sequence[Ten
                 raise EngineError(f"{graph}: cache {name} is {spec.dtype}{spec.shape}, got {cache.buffer.dtype}{cache.buffer.shape}")
 
 
-def _fit(graph: str, spec: TensorSpec, feed: Array) -> Array:
+def _fit(graph: str, spec: TensorSpec, feed: Array, sequence: int) -> Array:
     array = np.asarray(feed)
-    if array.shape != fixed_shape(spec):
+    if array.shape != shape_at(spec, sequence):
         raise ProfileError(f"{graph}: {spec.name} has shape {array.shape}, expected {spec.shape} as the variant's profile declares")
     dtype = numpy_dtype(spec.dtype)
     if is_float(array.dtype) != is_float(dtype) or not (is_float(dtype) or np.can_cast(array.dtype, dtype, "safe")):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import ctypes
 import math
 import weakref
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 import numpy as np
 
 from sievert.bundle.errors import EngineError
-from sievert.bundle.specs import TensorSpec
+from sievert.bundle.specs import SEQUENCE, TensorSpec, size_axis
 from sievert.engines.run.dtypes import Array, numpy_dtype
 
 _ALIGNMENT = 256  # bytes: what TensorRT asks of an address; more than any CPU kernel does
@@ -135,6 +136,24 @@ class Buffer:
 def _free_all(memory: Memory, addresses: list[int]) -> None:
     while addresses:
         memory.free(addresses.pop())
+
+
+def shape_at(spec: TensorSpec, sequence: int) -> tuple[int, ...]:
+    """The shape of a spec for prompts of ``sequence`` tokens: the axis that varies with them gets its size.
+
+    Raises:
+        EngineError: another axis without a fixed size.
+    """
+    return fixed_shape(spec.model_copy(update={"shape": tuple(size_axis(axis, sequence) if sequence else axis for axis in spec.shape)}))
+
+
+def find_sequence(specs: Iterable[TensorSpec], arrays: Mapping[str, Array]) -> int:
+    """How many tokens the prompts among ``arrays`` have, by the first that varies with it; 0 where none does."""
+    for spec in specs:
+        array = arrays.get(spec.name)
+        if SEQUENCE in spec.shape and array is not None and array.ndim == len(spec.shape):
+            return int(array.shape[spec.shape.index(SEQUENCE)])
+    return 0
 
 
 def fixed_shape(spec: TensorSpec) -> tuple[int, ...]:

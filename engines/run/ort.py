@@ -21,7 +21,7 @@ from sievert.bundle.specs import TensorSpec
 from sievert.engines.run.base import Cache, ModelFile, check_caches, check_feeds, check_outputs
 from sievert.engines.run.cuda import cuda_memory
 from sievert.engines.run.dtypes import ONNX_CODE, Array, numpy_dtype
-from sievert.engines.run.memory import HostMemory, Memory, fixed_shape
+from sievert.engines.run.memory import HostMemory, Memory, find_sequence, shape_at
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +146,8 @@ class OrtSession:
         """Compute ``outputs`` from host arrays; see :class:`~sievert.engines.run.base.Session`."""
         arrays = check_feeds(self._graph, self.inputs, {cache.past for cache in self._caches}, feeds)
         specs = check_outputs(self._graph, self.outputs, {cache.present for cache in self._caches}, outputs)
-        results = {spec.name: np.empty(fixed_shape(spec), numpy_dtype(spec.dtype)) for spec in specs}
+        sequence = find_sequence(self.inputs, arrays)
+        results = {spec.name: np.empty(shape_at(spec, sequence), numpy_dtype(spec.dtype)) for spec in specs}
         types = {spec.name: ONNX_CODE[spec.dtype] for spec in (*self.inputs, *self.outputs)}
         binding = self._binding
         binding.clear_binding_inputs()

@@ -182,6 +182,9 @@ class Pipeline:
                 f"prompt {row + 1} of {batch.rows} has no text after the image, but this variant keeps the tokens that such text asks for: "
                 "write the question after the image, or use the variant full"
             )
+        (shortest, longest), length = self.profile.lengths, batch.input_ids.shape[-1]
+        if self.profile.dynamic_text and not shortest <= length <= longest:
+            raise ProfileError(f"prompts of {length} tokens, padding included, but this variant takes {shortest}..{longest}")
         if self._poisoned:
             # Prefill writes rows 0..S-1; the rest is masked until decode writes it, but a masked NaN is still NaN times zero.
             for cache in self._prefill_caches:

@@ -218,9 +218,10 @@ class Prompter:
         return len(row.input_ids) - self.profile.images * self.geometry.visual_tokens
 
     def _pad(self, rows: Sequence[_Row]) -> PromptBatch:
-        B, S = self.profile.batch, self.profile.sequence
+        B = self.profile.batch
         filled = [*rows, *[rows[-1]] * (B - len(rows))]
         lengths = np.array([len(row.input_ids) for row in filled])
+        S = max(int(lengths.max()), self.profile.lengths[0])
         input_ids = np.full((B, S), self.geometry.pad_token_id, np.int64)
         for place, row in enumerate(filled):
             input_ids[place, : len(row.input_ids)] = row.input_ids

@@ -12,6 +12,7 @@ import hashlib
 import importlib
 import importlib.util
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -21,11 +22,11 @@ import numpy as np
 
 from sievert.bundle.errors import EngineError, EngineUnavailableError, IntegrityError
 from sievert.bundle.files import open_plain
-from sievert.bundle.specs import TensorSpec
+from sievert.bundle.specs import SEQUENCE, TensorSpec
 from sievert.engines.run.base import Cache, ModelFile, check_caches, check_feeds, check_outputs
 from sievert.engines.run.cuda import cuda_memory
 from sievert.engines.run.dtypes import Array, numpy_dtype
-from sievert.engines.run.memory import Buffer, Memory, fixed_shape
+from sievert.engines.run.memory import Buffer, Memory, find_sequence, shape_at
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +139,7 @@ def deserialise(trt: Any, title: str, model: ModelFile, memory: DeviceMemory) ->
 
 
 class TensorRTSession:
-    """A deserialised engine with its device buffers. All sizes are fixed."""
+    """A deserialised engine with its device buffers. All sizes are fixed, but for the prompts' length where its profile has a range."""
 
     def __init__(self, trt: Any, graph: str, parts: tuple[Any, Any, Any, Any], memory: DeviceMemory) -> None:
         self._graph = graph
@@ -171,12 +172,15 @@ class TensorRTSession:
         pasts, presents = {cache.past for cache in self._caches}, {cache.present for cache in self._caches}
         arrays = check_feeds(self._graph, self.inputs, pasts, feeds)
         wanted = check_outputs(self._graph, self.outputs, presents, outputs)
+        sequence = find_sequence(self.inputs, arrays)
         for spec in self.inputs:
             if spec.name in arrays:
-                self.memory.upload(self._place(spec), arrays[spec.name])
+                self.memory.upload(self._place(spec, sequence), arrays[spec.name])
+                if SEQUENCE in spec.shape:
+                    self._set_shape(spec.name, arrays[spec.name].shape)
         for spec in self.outputs:  # all of them need an address, asked for or not
             if spec.name not in presents:
-                self._place(spec)
+                self._place(spec, sequence)
         for cache in self._caches:
             in_place = cache.present in self._aliases
             self._set_address(cache.past, cache.buffer.address)
@@ -187,19 +191,26 @@ class TensorRTSession:
         for cache in self._caches:
             if cache.present not in self._aliases:
                 cache.buffer.flip()
-        results = {spec.name: np.empty(fixed_shape(spec), numpy_dtype(spec.dtype)) for spec in wanted}
+        results = {spec.name: np.empty(shape_at(spec, sequence), numpy_dtype(spec.dtype)) for spec in wanted}
         for name, array in results.items():
             self.memory.download(array, self._buffers[self._aliases.get(name, name)].address)
         return results
 
-    def _place(self, spec: TensorSpec) -> int:
-        """The device address of an input or output that is no cache, told to the engine."""
+    def _place(self, spec: TensorSpec, sequence: int) -> int:
+        """The device address of an input or output that is no cache, told to the engine; with room for ``sequence`` tokens or more."""
         owner = self._aliases.get(spec.name, spec.name)
-        if owner not in self._buffers:
-            self._buffers[owner] = Buffer(self.memory, spec)
+        shape = shape_at(spec, sequence)
+        if owner not in self._buffers or math.prod(self._buffers[owner].shape) < math.prod(shape):
+            self._buffers[owner] = Buffer(self.memory, spec.model_copy(update={"shape": shape}))
         address = self._buffers[owner].address
         self._set_address(spec.name, address)
         return address
+
+    def _set_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        if not self._context.set_input_shape(name, shape):
+            raise EngineError(
+                f"{self._graph}: TensorRT refused {name} of shape {shape}: {self._log.last_error or 'outside the range it was built for'}"
+            )
 
     def _set_address(self, name: str, address: int) -> None:
         if not self._context.set_tensor_address(name, address):
@@ -209,7 +220,9 @@ class TensorRTSession:
         dtype = self._engine.get_tensor_dtype(name).name
         if dtype not in _DTYPES:
             raise EngineError(f"{self._graph}: {name} has type {dtype}, which no graph of a variant has at its border")
-        return TensorSpec(name=name, dtype=_DTYPES[dtype], shape=tuple(self._engine.get_tensor_shape(name)))
+        # The engine keeps no names of axes; one alone can vary.
+        shape = tuple(SEQUENCE if size < 0 else size for size in self._engine.get_tensor_shape(name))
+        return TensorSpec(name=name, dtype=_DTYPES[dtype], shape=shape)
 
 
 def _make_logger(trt: Any) -> Any:

@@ -22,15 +22,16 @@ _ROW_BYTES: Final = 48 << 10
 class AttentionForm:
     """One Attention operator: q ``[B, H, S, d]``, k ``[B, G, T, d]``, v ``[B, G, T, dv]``; the same numbers when q, k, v are 3-D.
 
-    ``flat``: q, k, v are 3-D. ``scale`` is None where the operator leaves it at ``1/sqrt(d)``. ``mask`` broadcasts to ``[B, H, S, T]``.
+    S and T (``query``, ``keys``) are names where they vary with the prompts; equal names are equal sizes. ``flat``: q, k, v are 3-D.
+    ``scale`` is None where the operator leaves it at ``1/sqrt(d)``. ``mask`` broadcasts to ``[B, H, S, T]``.
     """
 
     dtype: ir.DataType
     batch: int
     heads: int
     kv_heads: int
-    query: int
-    keys: int
+    query: int | str
+    keys: int | str
     head_size: int
     value_size: int
     flat: bool
@@ -40,9 +41,14 @@ class AttentionForm:
     mask: ir.Value | None
 
     @property
-    def mask_shape(self) -> tuple[int, ...]:
+    def mask_shape(self) -> tuple[int | str, ...]:
         """Shape of the mask, ``()`` where there is none."""
-        return () if self.mask is None else _static_shape(self.mask) or ()
+        return () if self.mask is None else _named_shape(self.mask) or ()
+
+    @property
+    def fixed(self) -> tuple[int, int] | None:
+        """S and T, where neither varies."""
+        return (self.query, self.keys) if isinstance(self.query, int) and isinstance(self.keys, int) else None
 
     @property
     def boolean_mask(self) -> bool:
@@ -56,8 +62,8 @@ def read_attention(node: ir.Node) -> AttentionForm | None:
     query, key, value, mask = values
     if query is None or key is None or value is None or query.dtype is None:
         return None
-    shapes = [_static_shape(operand) for operand in (query, key, value)]
-    if mask is not None and _static_shape(mask) is None:
+    shapes = [_named_shape(operand) for operand in (query, key, value)]
+    if mask is not None and _named_shape(mask) is None:
         return None
     heads, kv_heads = node.attributes.get_int("q_num_heads", 0), node.attributes.get_int("kv_num_heads", 0)
     split = [_split_heads(shape, count) for shape, count in zip(shapes, (heads, kv_heads, kv_heads), strict=True)]
@@ -96,6 +102,8 @@ def refuse_kernel(form: AttentionForm) -> str | None:
             return f"a single query row in {form.batch * form.heads} heads, counted over the batch: needs 4"
         if head % 8:
             return f"head size {head} with a single query row is no multiple of 8"
+        if isinstance(form.keys, str):
+            return "a single query row over keys whose number varies"
         if (form.keys + head) * form.dtype.itemsize > _ROW_BYTES:
             longest = _ROW_BYTES // int(form.dtype.itemsize) - head
             return f"{form.keys} keys with a single query row, above {longest} for head size {head} in {form.dtype.name.lower()}"
@@ -135,16 +143,22 @@ def refuse_decomposition(node: ir.Node, form: AttentionForm) -> str | None:
     return None
 
 
-def _split_heads(shape: tuple[int, ...] | None, heads: int) -> tuple[int, int, int, int] | None:
-    """(batch, heads, rows, head size) of a 4-D shape, or of a 3-D one whose last axis holds ``heads`` heads."""
-    if shape is not None and len(shape) == 4:
-        return shape[0], shape[1], shape[2], shape[3]
-    if shape is not None and len(shape) == 3 and heads:
-        return shape[0], heads, shape[1], shape[2] // heads
-    return None
-
-
-def _static_shape(value: ir.Value) -> tuple[int, ...] | None:
-    if value.shape is None or not value.shape.is_static():
+def _split_heads(shape: tuple[int | str, ...] | None, heads: int) -> tuple[int, int, int | str, int] | None:
+    """(batch, heads, rows, head size) of a 4-D shape, or of a 3-D one whose last axis holds ``heads`` heads; rows alone may vary."""
+    if shape is None or len(shape) not in (3, 4) or (len(shape) == 3 and not heads):
         return None
-    return tuple(int(size) for size in value.shape.numpy())
+    batch, *middle, size = shape
+    rows = middle[-1]
+    count = middle[0] if len(middle) == 2 else heads
+    if not (isinstance(batch, int) and isinstance(count, int) and isinstance(size, int)):
+        return None
+    return batch, count, rows, size if len(middle) == 2 else size // heads
+
+
+def _named_shape(value: ir.Value) -> tuple[int | str, ...] | None:
+    """The shape with axes that vary by name; None where one has none."""
+    if value.shape is None:
+        return None
+    axes = [axis if isinstance(axis, int) else axis.value for axis in value.shape]
+    named = tuple(axis if isinstance(axis, int) else str(axis) for axis in axes if axis is not None)
+    return named if len(named) == len(axes) else None

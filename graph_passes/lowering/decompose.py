@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -58,45 +58,65 @@ def _find_refused(model: ir.Model) -> Iterator[tuple[ir.Node, AttentionForm, str
                 yield node, form, reason
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """Numbers of rows that vary, by name, with a value ``[B, H, n, d]`` that has them."""
+
+    of: Mapping[int | str, ir.Value | None]
+
+    def count(self, op: Op, axis: int | str) -> int | ir.Value:
+        """The number: an int64 scalar where it varies."""
+        return axis if isinstance(axis, int) else op.Squeeze(op.Shape(self.of[axis], start=2, end=3), [0])
+
+    def shape(self, op: Op, *axes: int | str) -> list[int] | ir.Value:
+        """A shape for Reshape: at most one that varies is left for it to work out."""
+        varying = [axis for axis in axes if isinstance(axis, str)]
+        if len(varying) + (-1 in axes) < 2:
+            return [axis if isinstance(axis, int) else -1 for axis in axes]
+        parts = [[axis] if isinstance(axis, int) else op.Shape(self.of[axis], start=2, end=3) for axis in axes]
+        return op.Concat(*parts, axis=0)
+
+
 class _Masks:
     """Masks in the shapes their layers need, each built once: layers come in the graph's order, so the first one's serves the rest."""
 
     def __init__(self) -> None:
-        self._made: dict[tuple[ir.Value | None, tuple[int, ...]], ir.Value] = {}
+        self._made: dict[tuple[ir.Value | None, tuple[int | str, ...]], ir.Value] = {}
 
-    def fit(self, op: Op, mask: ir.Value | None, shape: tuple[int, ...]) -> ir.Value:
+    def fit(self, op: Op, mask: ir.Value | None, shape: tuple[int | str, ...], rows: _Rows) -> ir.Value:
         """``mask`` in ``shape``, additive ones in float32; None is the causal mask, whose last two axes are query and key."""
         if (mask, shape) not in self._made:
             if mask is None:
                 # Made from a counter in the graph: as a constant it would weigh S * S bytes.
-                counter = op.Range(0, shape[-1], 1)
+                counter = op.Range(0, rows.count(op, shape[-1]), 1)
                 made = op.LessOrEqual(op.Unsqueeze(counter, [0]), op.Unsqueeze(counter, [1]))  # [S, T]
             else:
                 made = mask if mask.dtype == ir.DataType.BOOL else _cast_float(op, mask)
-            if mask is None or tuple(mask.shape or ()) != shape:
-                made = op.Reshape(made, list(shape))
+            if mask is None or [str(axis) for axis in mask.shape or ()] != [str(axis) for axis in shape]:
+                made = op.Reshape(made, rows.shape(op, *shape))
             self._made[mask, shape] = made
         return self._made[mask, shape]
 
 
 def _write_attention(op: Op, node: ir.Node, form: AttentionForm, masks: _Masks) -> ir.Value:
     b, h, g, s, d = form.batch, form.heads, form.kv_heads, form.query, form.head_size
+    rows = _Rows({form.query: node.inputs[0], form.keys: node.inputs[1]})
     q, k, v = (_cast_float(op, value) for value in node.inputs[:3] if value is not None)
     scale = d**-0.5 if form.scale is None else form.scale
-    q = op.Reshape(op.Mul(q, scale), [b, g, h // g * s, d])
+    q = op.Reshape(op.Mul(q, scale), [b, g, h // g * s if isinstance(s, int) else -1, d])
     scores = op.MatMul(q, op.Transpose(k, perm=[0, 1, 3, 2]))  # [B, G, H/G * S, T]
     if form.softcap:
         scores = op.Mul(op.Tanh(op.Div(scores, form.softcap)), form.softcap)
-    weights = op.Softmax(_mask_scores(op, scores, form, masks), axis=-1)
-    attended = op.Reshape(op.MatMul(weights, v), [b, h, s, form.value_size])
+    weights = op.Softmax(_mask_scores(op, scores, form, masks, rows), axis=-1)
+    attended = op.Reshape(op.MatMul(weights, v), rows.shape(op, b, h, s, form.value_size))
     return attended if form.dtype == _FLOAT else op.Cast(attended, to=form.dtype)
 
 
-def _mask_scores(op: Op, scores: ir.Value, form: AttentionForm, masks: _Masks) -> ir.Value:
+def _mask_scores(op: Op, scores: ir.Value, form: AttentionForm, masks: _Masks, rows: _Rows) -> ir.Value:
     """``scores[B, G, H/G * S, T]`` with the lowest float where a key may not be seen, or plus the additive mask."""
     b, g, s, t = form.batch, form.kv_heads, form.query, form.keys
     group = form.heads // g
-    wanted: list[tuple[ir.Value | None, tuple[int, ...]]] = []  # with their shapes filled up to [B, H, S, T], each axis full or 1
+    wanted: list[tuple[ir.Value | None, tuple[int | str, ...]]] = []  # with their shapes filled up to [B, H, S, T], each axis full or 1
     if form.mask is not None:
         wanted.append((form.mask, (1,) * (4 - len(form.mask_shape)) + form.mask_shape))
     if form.causal:
@@ -104,12 +124,13 @@ def _mask_scores(op: Op, scores: ir.Value, form: AttentionForm, masks: _Masks) -
     # A mask alike for all heads and queries fits the rows as they are; any other needs the heads of a group on their own axis.
     apart = group > 1 and any(shape[1:3] != (1, 1) for _, shape in wanted)
     if apart:
-        scores = op.Reshape(scores, [b, g, group, s, t])
+        scores = op.Reshape(scores, rows.shape(op, b, g, group, s, t))
     for mask, shape in wanted:
-        heads = ((1, 1) if shape[1] == 1 else (g, group)) if apart else shape[1:2]
-        fitting = masks.fit(op, mask, (shape[0], *heads, *shape[2:]))
+        heads: tuple[int | str, ...] = ((1, 1) if shape[1] == 1 else (g, group)) if apart else shape[1:2]
+        fitting = masks.fit(op, mask, (shape[0], *heads, *shape[2:]), rows)
         scores = op.Where(fitting, scores, _LOWEST) if fitting.dtype == ir.DataType.BOOL else op.Add(scores, fitting)
-    return op.Reshape(scores, [b, g, group * s, t]) if apart else scores
+    # Of the two that may vary the keys are read off, the queries are what is left.
+    return op.Reshape(scores, rows.shape(op, b, g, group * s if isinstance(s, int) else -1, t)) if apart else scores
 
 
 def _cast_float(op: Op, value: ir.Value) -> ir.Value:

@@ -9,6 +9,8 @@ from typing import Final
 import onnx
 import onnx_ir as ir
 
+from sievert.bundle.specs import SEQUENCE
+from sievert.graph_passes.lengths import name_axes, varies_with_prompts
 from sievert.graph_passes.lowering.rules import Rule, get_input, static_shape, walk_nodes, where
 from sievert.graph_passes.lowering.targets import TARGETS
 from sievert.graph_passes.lowering.widen import find_bfloat16
@@ -34,18 +36,23 @@ _SHAPE_INPUTS: Final = {
 
 def _find_symbols(model: ir.Model) -> Iterator[tuple[str, str]]:
     values = [*model.graph.inputs, *(value for node in walk_nodes(model) for value in node.outputs)]
+    varies = varies_with_prompts(model)
     for value in values:
         if value.shape is not None and not value.shape.is_static():
+            # What is computed may be as long as the prompts; what is taken has a range for that axis and no other.
+            if varies and (not value.is_graph_input() or name_axes(value) == {SEQUENCE}):
+                continue
             yield str(value.name), f"the shape {list(value.shape)}"
         elif value.shape is None and (value.is_graph_input() or value.is_graph_output()):
             yield str(value.name), "no known shape"
 
 
 def _find_shapes_from_data(model: ir.Model) -> Iterator[tuple[str, str]]:
+    varies = varies_with_prompts(model)
     for node in walk_nodes(model, *_SHAPE_INPUTS):
         for index in _SHAPE_INPUTS[node.op_type]:
             value = get_input(node, index)
-            if value is not None and not _is_constant(value):
+            if value is not None and not _is_constant(value, varies):
                 yield where(node), f"a shape that follows from the data in {value.name!r}"
                 break
 
@@ -103,8 +110,8 @@ def _find_cpu_bfloat16(model: ir.Model) -> Iterator[tuple[str, str]]:
         yield model.graph.name or "graph", f"bfloat16 in {', '.join(missing)}"
 
 
-def _is_constant(value: ir.Value) -> bool:
-    """Whether ``value`` follows from constants and fixed shapes alone."""
+def _is_constant(value: ir.Value, varies: bool) -> bool:
+    """Whether ``value`` follows from constants and shapes alone: fixed ones, or any where those of the inputs vary in a known range."""
     seen, frontier = {value}, [value]
     while frontier:
         current = frontier.pop()
@@ -113,7 +120,7 @@ def _is_constant(value: ir.Value) -> bool:
             continue
         if node is None:
             return False
-        if node.op_type in {"Shape", "Size"} and static_shape(get_input(node, 0)) is not None:
+        if node.op_type in {"Shape", "Size"} and (varies or static_shape(get_input(node, 0)) is not None):
             continue
         new = [source for source in node.inputs if source is not None and source not in seen]
         seen.update(new)
@@ -124,8 +131,9 @@ def _is_constant(value: ir.Value) -> bool:
 GRAPH_RULES: Final = (
     Rule(
         "symbolic-shape",
-        seen="float[N, 9]: 'Network has dynamic or shape inputs, but no optimization profile has been defined'; float[2, 9] builds",
-        fix="make a variant with `sievert prune`: it fixes every length",
+        seen="float[N, 9]: 'Network has dynamic or shape inputs, but no optimization profile has been defined'; float[2, 9] builds, "
+        "and so do inputs whose one named axis is the prompts' length, for which the builder is given a range",
+        fix="make a variant with `sievert prune`: it fixes every length, or with --dynamic-text all but that of prompts",
         find=_find_symbols,
     ),
     Rule(

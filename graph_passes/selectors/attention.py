@@ -9,6 +9,7 @@ from typing import Final
 
 import onnx_ir as ir
 
+from sievert.graph_passes.lengths import Length, sizes
 from sievert.graph_passes.selectors.base import StageInputs, Tap
 from sievert.graph_passes.selectors.rank import FLOAT, Op, cast_float, gather_visual
 from sievert.graph_passes.sight import Places, see
@@ -44,7 +45,7 @@ def other_rows(op: Op, inputs: StageInputs) -> ir.Value:
     Before visual token i stand ``visual_index[i] - i`` others, so other m comes after all the visual tokens where that is m or less.
     """
     g, visual = inputs.geometry, inputs.visual_index if inputs.all_visual_index is None else inputs.all_visual_index
-    others = op.Range(0, g.others, 1)  # [T]
+    others = op.Range(0, g.others.count(op), 1)  # [T]
     before = op.Sub(visual, op.Range(0, g.visual + g.other_images, 1))  # [B, Nv]
     passed = op.LessOrEqual(op.Unsqueeze(before, [1]), op.Unsqueeze(others, [1]))  # [B, T, Nv]
     count = op.ReduceSum(op.Cast(passed, to=FLOAT), [2], keepdims=0)
@@ -61,14 +62,14 @@ def mask_softmax(op: Op, logits: ir.Value, allowed: ir.Value) -> ir.Value:
     return op.Softmax(op.Where(allowed, logits, LOWEST), axis=-1)
 
 
-def _attend(op: Op, inputs: StageInputs, layer: int, rows: ir.Value, count: int) -> ir.Value:
+def _attend(op: Op, inputs: StageInputs, layer: int, rows: ir.Value, count: int | Length) -> ir.Value:
     """Mean over heads of the attention of rows ``rows[B, n]`` to all rows: [B, n, S] float32; ``count`` is n."""
     g = inputs.geometry
     query = gather_visual(op, inputs.taps[Tap("q_rotary", layer)], op.Unsqueeze(rows, [2]))  # [B, n, H, d]
     query = op.Mul(op.Transpose(query, perm=[0, 2, 1, 3]), g.attention_scale)
-    query = op.Reshape(query, [g.batch, g.kv_heads, g.heads // g.kv_heads * count, g.head_size])  # heads of one kv head side by side
+    query = op.Reshape(query, [g.batch, g.kv_heads, -1, g.head_size])  # [B, G, H/G * n, d], heads of one kv head side by side
     key = cast_float(op, op.Transpose(inputs.taps[Tap("k_rotary", layer)], perm=[0, 1, 3, 2]))  # [B, G, d, S]
-    logits = op.Reshape(op.MatMul(query, key), [g.batch, g.heads, count, g.sequence])
+    logits = op.Reshape(op.MatMul(query, key), sizes(op, g.batch, g.heads, count, g.length))
     if g.softcap:
         logits = op.Mul(op.Tanh(op.Div(logits, g.softcap)), g.softcap)
     visible = op.And(_see(op, inputs, layer, rows), op.Unsqueeze(inputs.real, [1]))
@@ -79,6 +80,6 @@ def _see(op: Op, inputs: StageInputs, layer: int, rows: ir.Value) -> ir.Value:
     """Which rows each of ``rows[B, n]`` sees in ``layer``: [B, n, S]."""
     sight, places = inputs.sights.of(layer), inputs.places
     if sight.causal or places is None:
-        return op.LessOrEqual(op.Range(0, inputs.geometry.sequence, 1), op.Unsqueeze(rows, [2]))
+        return op.LessOrEqual(op.Range(0, inputs.geometry.length.count(op), 1), op.Unsqueeze(rows, [2]))
     block = None if places.block is None else gather_columns(op, places.block, rows)
     return see(op, sight, Places(gather_columns(op, places.row, rows), block), places)

@@ -16,6 +16,7 @@ from onnxscript import GraphBuilder
 from sievert.bundle.errors import PlanError
 from sievert.bundle.plan import Stage, resolve_keep
 from sievert.bundle.specs import Geometry
+from sievert.graph_passes.lengths import Length
 from sievert.graph_passes.selectors.options import check_values
 from sievert.graph_passes.selectors.rank import limit_topk
 from sievert.graph_passes.selectors.schedule import Schedule
@@ -94,7 +95,7 @@ class StageGeometry:
 
     ``original_visual`` is the image's number of visual tokens, before any cut; ``since`` the layer of the previous cut, 0 if there is none.
     ``other_images`` counts rows of the sequence that are visual tokens of other images, which are ranked by themselves. ``softcap`` bounds
-    the decoder's attention scores, 0 does not.
+    the decoder's attention scores, 0 does not. ``varying`` is the sequence's length where it is not fixed: ``sequence`` is then its most.
     """
 
     layer: int
@@ -112,11 +113,17 @@ class StageGeometry:
     since: int = 0
     other_images: int = 0
     softcap: float = 0.0
+    varying: Length | None = None
 
     @property
-    def others(self) -> int:
+    def length(self) -> Length:
+        """S, the rows that enter the stage."""
+        return self.varying or Length(self.sequence)
+
+    @property
+    def others(self) -> Length:
         """T: how many rows are no image's, text and padding together."""
-        return self.sequence - self.visual - self.other_images
+        return self.length.less(self.visual + self.other_images)
 
 
 @dataclass(frozen=True)
@@ -218,7 +225,7 @@ class Selector(ABC):
 
     @abstractmethod
     def select(self, build: GraphBuilder, inputs: StageInputs) -> Selection:
-        """Add the subgraph to the builder's graph. Static shapes only; no NonZero, Compress, Loop or If."""
+        """Add the subgraph to the builder's graph. S alone may vary (``length``, ``others``); no NonZero, Compress, Loop or If."""
 
     def largest_topk(self, visual: int, keep: int) -> int:  # noqa: ARG002 (most have no TopK over all tokens)
         """The largest K of any TopK the subgraph holds; of most it takes all kept tokens at once."""

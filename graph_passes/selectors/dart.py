@@ -81,7 +81,7 @@ class Dart(Selector):
             return Selection(first, scores, {})
         build.push_module("pivots")
         rows = op.GatherElements(inputs.visual_index, first, axis=1)  # [B, 4]
-        texts = min(PIVOTS, g.others)
+        texts = min(PIVOTS, g.others.most)
         found = op.Expand(0, [g.batch])  # [B] text pivots of each sample
         if texts:
             text = inputs.text if self.text == "after_image" else inputs.all_text

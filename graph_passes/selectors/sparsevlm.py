@@ -11,6 +11,7 @@ from typing import ClassVar, Final, Literal
 import onnx_ir as ir
 from onnxscript import GraphBuilder
 
+from sievert.graph_passes.lengths import sizes
 from sievert.graph_passes.selectors.attention import attend_mean, gather_columns, mask_softmax, other_rows
 from sievert.graph_passes.selectors.base import Selection, Selector, StageInputs, Tap
 from sievert.graph_passes.selectors.cosine import gather_rows
@@ -56,4 +57,4 @@ class SparseVlm(Selector):
         above = op.Mul(op.Cast(op.Greater(share, mean), to=FLOAT), text)
         some = op.ReduceMax(above, [1], keepdims=1)  # a single text token is not above its own mean
         raters = op.Max(above, op.Mul(text, op.Sub(1.0, some)))
-        return op.ScatterElements(op.Expand(0.0, [g.batch, g.sequence]), rows, raters, axis=1)
+        return op.ScatterElements(op.Expand(0.0, sizes(op, g.batch, g.length)), rows, raters, axis=1)

@@ -15,6 +15,7 @@ from onnxscript import GraphBuilder
 from sievert.bundle.errors import PlanError
 from sievert.bundle.plan import Stage
 from sievert.bundle.specs import Geometry
+from sievert.graph_passes.lengths import sizes
 from sievert.graph_passes.selectors.attention import attend_mean, gather_columns, mask_softmax
 from sievert.graph_passes.selectors.base import Selection, Selector, StageInputs, Tap, TapKind
 from sievert.graph_passes.selectors.options import choice, number
@@ -91,7 +92,7 @@ class TransPrune(Selector):
         rows = op.Unsqueeze(inputs.visual_index, [2])  # [B, Nv, 1]
         stretch, cosine = _compare_rows(op, *(op.GatherND(stream, rows, batch_dims=1) for stream in (before, after)))  # [B, Nv]
         values = op.Mul(stretch, op.Softmax(op.Sub(1.0, op.Abs(cosine)), axis=-1))
-        return op.ScatterElements(op.Expand(0.0, [g.batch, g.sequence]), inputs.visual_index, values, axis=1)
+        return op.ScatterElements(op.Expand(0.0, sizes(op, g.batch, g.length)), inputs.visual_index, values, axis=1)
 
 
 def _compare_rows(op: Op, before: ir.Value, after: ir.Value) -> tuple[ir.Value, ir.Value]:

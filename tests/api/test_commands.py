@@ -14,7 +14,10 @@ import pytest
 from PIL import Image
 
 import sievert as package
+from sievert.bundle.errors import ProfileError
 from sievert.bundle.store import Bundle
+from sievert.engines.run.pipeline import Features, Pipeline
+from sievert.engines.run.prompt import PromptBatch
 from sievert.parity.verdict import Verdict
 from tests.api.conftest import Outcome, sievert
 from tests.tiny_llava import make_tiny_llava
@@ -148,6 +151,28 @@ def test_prune_adds_a_variant_with_the_sizes_of_full(bundle: Path, picture: Path
     found = package.run(bundle, picture, [ASK], variant="magnitude-k8-12_5")
     first, second = map(set, found.answers[0].kept)
     assert (len(first), len(second)) == (8, 2) and second < first
+
+
+def test_prune_makes_a_variant_whose_prompts_cost_what_they_are_long(bundle: Path, picture: Path, tmp_path: Path):
+    said = sievert("prune", bundle, "--keep", "22%", "--dynamic-text")
+    assert said.code == 0, said.all
+    assert "Made the variant iwp-22-dynamic" in said.out and "up to 24" in said.out
+    made = Bundle.open(bundle, verify="full").variant("iwp-22-dynamic")
+    assert made.profile.dynamic_text and made.capacities == Bundle.open(bundle).variant("iwp-22").capacities
+    report = package.check(bundle, variants=["iwp-22-dynamic"], samples=4, tokens=3).outcomes[0].ran
+    assert report.verdict is Verdict.PASS
+    assert len({sample.tokens for sample in report.samples}) > 2, "samples of several lengths"
+    static, dynamic = (package.run(bundle, picture, [ASK], variant=name).answers[0] for name in ("iwp-22", "iwp-22-dynamic"))
+    assert (static.text, static.kept) == (dynamic.text, dynamic.kept)
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"image": str(picture), "prompt": prompt}) + "\n" for prompt in (ASK, f"{ASK} red")))
+    asked = package.evaluate(bundle, data, variants=["iwp-22", "iwp-22-dynamic"], out=tmp_path / "answers").scores
+    assert [score.variant for score in asked] == ["full", "iwp-22", "iwp-22-dynamic"] and asked[1].agreement == asked[2].agreement
+    said = sievert("collect", bundle, "--variant", "iwp-22-dynamic", "--data", data, "--out", tmp_path / "collected")
+    assert said.code == 2 and "--static-text" in said.err
+    wide = PromptBatch(*[np.zeros((1, 41), np.int64)] * 5, lengths=(41,), rows=1)
+    with Pipeline(Bundle.open(bundle), "iwp-22-dynamic") as pipeline, pytest.raises(ProfileError, match="this variant takes 17..40"):
+        pipeline.prefill(wide, Features({}))
 
 
 def test_prune_replaces_a_variant_only_with_force(bundle: Path):

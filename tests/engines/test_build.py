@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import sys
@@ -230,6 +231,19 @@ def test_the_parsers_words_and_the_node_reach_the_user(tmp_path: Path):
     onnx.save(proto, tmp_path / "g.onnx")
     with pytest.raises(EngineError, match=r"g.onnx: the parser refused NonZero node 'find': .*plugin registry"):
         build_engine("tensorrt_rtx", tmp_path / "g.onnx", tmp_path / "g.engine")
+
+
+@needs_rtx
+def test_the_builder_is_given_the_range_of_a_length_that_varies(tmp_path: Path):
+    text = '<ir_version: 11, opset_import: ["": 24]> g (float[2,sequence] x) => (float[2,sequence] y) { y = Add(x, x) }'
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "g.onnx")
+    build_engine("tensorrt_rtx", tmp_path / "g.onnx", tmp_path / "g.engine", lengths=(3, 9))
+    trt = importlib.import_module("tensorrt_rtx")
+    engine = trt.Runtime(trt.Logger(trt.Logger.ERROR)).deserialize_cuda_engine((tmp_path / "g.engine").read_bytes())
+    if engine is not None:  # only where there is a GPU
+        assert [tuple(shape) for shape in engine.get_tensor_profile_shape("x", 0)] == [(2, 3), (2, 6), (2, 9)]
+    with pytest.raises(EngineError, match="profile|dimension"):
+        build_engine("tensorrt_rtx", tmp_path / "g.onnx", tmp_path / "h.engine", lengths=(9, 3))
 
 
 @needs_rtx

@@ -66,8 +66,8 @@ class Static:
 
 
 def pad(prompts: Prompts, profile: Profile) -> dict[str, Array]:
-    """Right-padded inputs of the static graphs."""
-    batch, length = len(prompts.ids), profile.sequence
+    """Right-padded inputs of the static graphs; those of dynamic text are as long as the longest prompt."""
+    batch, length = len(prompts.ids), max(map(len, prompts.ids)) if profile.dynamic_text else profile.sequence
     feeds = {name: np.zeros((batch, length), np.int64) for name in ("input_ids", "attention_mask")}
     for row, ids in enumerate(prompts.ids):
         feeds["input_ids"][row, : len(ids)], feeds["attention_mask"][row, : len(ids)] = ids, 1

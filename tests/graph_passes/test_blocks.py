@@ -15,7 +15,9 @@ from sievert.graph_passes.lowering.blocks import SplitCausalAttention
 BATCH, HEADS, GROUPS, SIZE = 2, 6, 2, 16
 
 
-def make(rows: int, keys: int | None = None, *, causal: bool = True, layers: int = 1, dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Model:
+def make(
+    rows: int | str, keys: int | None = None, *, causal: bool = True, layers: int = 1, dtype: ir.DataType = ir.DataType.FLOAT
+) -> ir.Model:
     """Attention of ``rows`` queries, ``layers`` times over the same keys."""
     build = GraphBuilder(ir.Graph([], [], nodes=[], opset_imports={"": 24}, name="attention"))
     query = build.input("q", dtype, [BATCH, HEADS, rows, SIZE])
@@ -50,6 +52,21 @@ def test_the_blocks_compute_the_same(rows: int, blocks: int):
         assert np.abs(found - expected).max() <= 1e-6
     # Blocks are equal but for the last: their work is that of the triangle and half a block more.
     assert (0.5 + 0.4 / blocks) * count_flops(whole) < count_flops(split) < (0.5 + 0.7 / blocks) * count_flops(whole)
+
+
+def test_the_blocks_of_a_length_that_varies_suit_the_shortest_prompt():
+    whole = make("sequence", layers=2)
+    visual = ir.val("visual_index", ir.DataType.INT64, [BATCH, 200])
+    whole.graph.inputs.append(visual)
+    split = lower(whole, "onnxruntime")
+    assert count(split) == 2 * 3 and count(lower(make("sequence"), "onnxruntime")) == 1
+    rng = np.random.default_rng(0)
+    for rows in (201, 350):
+        shapes = {"q": (BATCH, HEADS, rows, SIZE), "k": (BATCH, GROUPS, rows, SIZE), "v": (BATCH, GROUPS, rows, SIZE)}
+        feeds = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+        feeds["visual_index"] = np.zeros((BATCH, 200), np.int64)
+        found, expected = (ort.InferenceSession(ir.to_proto(model).SerializeToString()).run(None, feeds)[0] for model in (split, whole))
+        assert np.abs(found - expected).max() <= 1e-6
 
 
 def test_what_the_operator_says_is_carried_and_masks_are_made_once():

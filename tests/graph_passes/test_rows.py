@@ -10,19 +10,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnxscript import GraphBuilder
 
+from sievert.graph_passes.lengths import Length
 from sievert.graph_passes.rows import cut_rows, describe_rows, gather_rows
 
 
-def build_cuts(batch: int, length: int, visual: int, keeps: list[int], compact: bool) -> ort.InferenceSession:
-    """A graph that describes a sequence and cuts it once per keep, with every value of interest as an output."""
+def build_cuts(batch: int, length: int, visual: int, keeps: list[int], compact: bool, varies: bool) -> ort.InferenceSession:
+    """A graph that describes a sequence, of any length if it ``varies``, and cuts it once per keep, with every value as an output."""
     build = GraphBuilder(ir.Graph([], [], nodes=[], opset_imports={"": 24}, name="cuts"))
-    integer = ir.DataType.INT64
-    mask = build.input("attention_mask", integer, [batch, length])
+    integer, axis = ir.DataType.INT64, "sequence" if varies else length
+    mask = build.input("attention_mask", integer, [batch, axis])
     index = build.input("visual_index", integer, [batch, visual])
-    positions = build.input("position_ids", integer, [batch, length])
-    stream = build.input("stream", ir.DataType.FLOAT, [batch, length, 3])
+    positions = build.input("position_ids", integer, [batch, axis])
+    stream = build.input("stream", ir.DataType.FLOAT, [batch, axis, 3])
     orders = [build.input(f"order.{stage}", integer, [batch, keep]) for stage, keep in enumerate(keeps)]
-    rows = describe_rows(build, batch=batch, length=length, visual=visual, attention_mask=mask, visual_index=index, position_ids=positions)
+    counted = Length(length + 9, build.op.Squeeze(build.op.Shape(mask, start=1), [0])) if varies else Length(length)
+    rows = describe_rows(build, batch=batch, length=counted, visual=visual, attention_mask=mask, visual_index=index, position_ids=positions)
     build.add_output(build.op.Identity(rows.text), "text")
     build.add_output(build.op.Identity(rows.all_text), "all_text")
     carried = build.op.Mul(build.op.Cast(positions, to=ir.DataType.FLOAT), 0.5)
@@ -45,17 +47,25 @@ def build_cuts(batch: int, length: int, visual: int, keeps: list[int], compact: 
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> tuple[int, int, int, list[int], bool, int]:
-    """batch, visual tokens, text, keeps, compact, seed."""
+def cases(draw: st.DrawFn) -> tuple[int, int, int, list[int], bool, bool, int]:
+    """batch, visual tokens, text, keeps, compact, whether the length varies, seed."""
     visual = draw(st.integers(1, 9))
     keeps = sorted((draw(st.integers(1, visual)) for _ in range(draw(st.integers(1, 2)))), reverse=True)
-    return draw(st.integers(1, 3)), visual, draw(st.integers(2, 7)), keeps, draw(st.booleans()), draw(st.integers(0, 2**16))
+    return (
+        draw(st.integers(1, 3)),
+        visual,
+        draw(st.integers(2, 7)),
+        keeps,
+        draw(st.booleans()),
+        draw(st.booleans()),
+        draw(st.integers(0, 2**16)),
+    )
 
 
 @settings(max_examples=30, deadline=None)
 @given(cases())
-def test_cuts_agree_with_numpy(case: tuple[int, int, int, list[int], bool, int]) -> None:
-    batch, visual, words, keeps, compact, seed = case
+def test_cuts_agree_with_numpy(case: tuple[int, int, int, list[int], bool, bool, int]) -> None:
+    batch, visual, words, keeps, compact, varies, seed = case
     rng, length = np.random.default_rng(seed), visual + words
     real = rng.integers(1, words + 1, batch) + visual
     index = np.sort(np.stack([rng.permutation(n)[:visual] for n in real]), axis=1)
@@ -68,7 +78,7 @@ def test_cuts_agree_with_numpy(case: tuple[int, int, int, list[int], bool, int])
     for stage, keep in enumerate(keeps):
         entering = visual if stage == 0 else keeps[stage - 1]
         feeds[f"order.{stage}"] = np.stack([rng.permutation(entering)[:keep] for _ in range(batch)])
-    session = build_cuts(batch, length, visual, keeps, compact)
+    session = build_cuts(batch, length, visual, keeps, compact, varies)
     names = [value.name for value in session.get_outputs()]
     outputs = dict(zip(names, session.run(names, feeds), strict=True))
     for row in range(batch):
@@ -96,7 +106,7 @@ def test_cuts_agree_with_numpy(case: tuple[int, int, int, list[int], bool, int])
 
 @pytest.mark.parametrize("keep", [1, 4])
 def test_keeping_all_or_one(keep: int) -> None:
-    session = build_cuts(1, 6, 4, [keep], False)
+    session = build_cuts(1, 6, 4, [keep], False, varies=False)
     feeds = {
         "attention_mask": np.ones((1, 6), np.int64),
         "visual_index": np.array([[1, 2, 3, 4]]),

@@ -26,6 +26,7 @@ from sievert.exporter.export import export_model
 from sievert.exporter.write import write_bundle
 from sievert.graph_passes.causal import prove_causal, read_sights
 from sievert.graph_passes.decoder import Decoder, find_decoder
+from sievert.graph_passes.lengths import Length
 from sievert.graph_passes.prune import add_variant
 from sievert.graph_passes.rows import cut_rows, describe_rows
 from sievert.graph_passes.sight import CAUSAL, Places, Sight, see
@@ -155,7 +156,7 @@ def run_rule(case: Case, sight: Sight, real: Array, visual: Array, order: Array)
     feeds = {"attention_mask": real.astype(np.int64), "visual_index": visual, "position_ids": np.cumsum(real, 1), "order": order}
     values: dict[str, Any] = {name: build.input(name, ir.DataType.INT64, list(array.shape)) for name, array in feeds.items()}
     chosen = values.pop("order")
-    rows = describe_rows(build, batch=len(real), length=real.shape[1], visual=visual.shape[1], two_way=case.two_way, **values)
+    rows = describe_rows(build, batch=len(real), length=Length(real.shape[1]), visual=visual.shape[1], two_way=case.two_way, **values)
     left = cut_rows(build, rows, chosen, order.shape[1], compact=False, carried={}).rows
     for name, each in (("whole", rows), ("cut", left)):
         places = Places(each.original_row, each.block)

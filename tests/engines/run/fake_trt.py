@@ -19,6 +19,7 @@ from sievert.engines.run.ort import failures
 
 __version__ = "0.0"
 STREAM = 4711
+LONGEST = 9  # of an axis that varies
 
 
 class DataType(Enum):
@@ -98,7 +99,7 @@ class Engine:
         return DataType(self.io[name].type)
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.io[name].shape)
+        return tuple(size if isinstance(size, int) else -1 for size in self.io[name].shape)
 
     def _alias(self, name: str) -> str | None:
         return name.replace("present", "past_key_values") if name.startswith("present") else None
@@ -109,7 +110,11 @@ class Engine:
 
 class Context:
     def __init__(self, engine: Engine) -> None:
-        self.engine, self.addresses = engine, dict[str, int]()
+        self.engine, self.addresses, self.shapes = engine, dict[str, int](), dict[str, tuple[int, ...]]()
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        self.shapes[name] = shape
+        return max(shape) <= LONGEST
 
     def set_tensor_address(self, name: str, address: int) -> bool:
         self.addresses[name] = address
@@ -134,5 +139,6 @@ class Context:
     def _array(self, name: str) -> np.ndarray:
         value = self.engine.io[name]
         dtype = numpy_dtype({"tensor(float)": "float32"}.get(value.type, value.type[7:-1]))
-        size = int(np.prod(value.shape)) * dtype.itemsize
-        return np.frombuffer(ctypes.string_at(self.addresses[name], size), dtype).reshape(value.shape)
+        shape = self.shapes.get(name, value.shape)
+        size = int(np.prod(shape)) * dtype.itemsize
+        return np.frombuffer(ctypes.string_at(self.addresses[name], size), dtype).reshape(shape)

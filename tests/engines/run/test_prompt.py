@@ -60,6 +60,19 @@ def test_prompts_are_templated_padded_and_copied(prompter):
     assert prompter.detokenizer().push(RED) == "red"
 
 
+def test_with_dynamic_text_prompts_are_as_long_as_the_longest_of_their_batch(checkpoint):
+    profile = Profile(batch=3, visual_tokens=16, max_text=8, max_new_tokens=4, dynamic_text=True)
+    prompter = Prompter(checkpoint, GEOMETRY, profile)
+    batch = prompter.prepare([picture()], ["which digit", "red"])
+    assert batch.lengths == (21, 20, 20)
+    assert batch.input_ids.shape == batch.attention_mask.shape == batch.position_ids.shape == (3, 21)
+    assert batch.attention_mask.sum(1).tolist() == [21, 20, 20]
+    assert prompter.prepare([picture()], ["red"]).input_ids.shape == (3, 20)
+    assert prompter.prepare([picture()], ["<image>"], template=False).input_ids.shape == (3, 17), "the shortest that graphs take"
+    with pytest.raises(PromptError, match="this variant takes 8"):
+        prompter.prepare([picture()], ["red " * 9])
+
+
 def test_each_prompt_has_its_own_picture(prompter):
     batch = prompter.prepare([picture(seed=1), picture(seed=2)], ["red", "red"])
     assert (batch.pixel_values[0] != batch.pixel_values[1]).any()

@@ -7,7 +7,7 @@ import onnx
 import pytest
 from onnx import parser
 
-from sievert.bundle.errors import EngineError, EngineUnavailableError, IntegrityError
+from sievert.bundle.errors import EngineError, EngineUnavailableError, IntegrityError, ProfileError
 from sievert.bundle.store import Bundle
 from sievert.engines.run import rtx
 from sievert.engines.run.base import Cache, ModelFile
@@ -88,6 +88,19 @@ def test_a_plain_engine_runs_and_gives_only_what_is_asked(tmp_path):
     assert {name: array.tolist() for name, array in outputs.items()} == {"m": [2, 4, 6]}
     assert session.run({"x": np.array([1.5, 2]), "n": np.zeros(3, int)})["y"].tolist() == [3, 4]
     assert session.memory is memory
+
+
+def test_an_engine_takes_prompts_of_every_length_in_its_range(tmp_path):
+    text = "g (float[1,sequence,2] x, float[2] b) => (float[1,sequence,2] y) { y = Add(x, b) }"
+    session = deserialise(trt := FakeTrt(Memory(), aliases=True), "Fake", engine_file(tmp_path, text), trt.memory)
+    assert [spec.shape for spec in (*session.inputs, *session.outputs)] == [(1, "sequence", 2), (2,), (1, "sequence", 2)]
+    for length in (3, 9, 2):
+        x = np.arange(length * 2, dtype=np.float32).reshape(1, length, 2)
+        np.testing.assert_array_equal(session.run({"x": x, "b": np.ones(2, np.float32)})["y"], x + 1)
+    with pytest.raises(EngineError, match=r"TensorRT refused x of shape \(1, 10, 2\): outside the range it was built for"):
+        session.run({"x": np.zeros((1, 10, 2), np.float32), "b": np.ones(2, np.float32)})
+    with pytest.raises(ProfileError, match="x has shape"):
+        session.run({"x": np.zeros((2, 3, 2), np.float32), "b": np.ones(2, np.float32)})
 
 
 def test_only_the_bytes_the_manifest_lists_are_deserialised(tmp_path, monkeypatch):
