@@ -9,7 +9,7 @@ from sievert.bundle.specs import Geometry
 
 def make_geometry(**changes: Any) -> Geometry:
     """A small decoder of 4 layers; its images have 4 x 4 patches. ``changes`` are other fields, or other numbers for some."""
-    numbers = {
+    numbers: dict[str, Any] = {
         "depth": 4,
         "width": 64,
         "heads": 4,
