@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sievert.bundle.errors import InputError
+from sievert.bundle.names import DOWNLOADS
 from sievert.bundle.store import Bundle
 from sievert.calibration.questions import read_entry
 from sievert.engines.run.images import load_image
@@ -148,8 +149,6 @@ def check(
 
 def _find_download(model: str) -> Path | None:
     """The folder that export fetched a hub id into; None for a local folder, or where it is gone: the manifest's own name is tried."""
-    from sievert.exporter.export import DOWNLOADS
-
     folder = DOWNLOADS.expanduser() / model
     return folder if not Path(model).is_dir() and folder.is_dir() else None
 

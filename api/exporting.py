@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from sievert.building import Built, build_variant, require_builders
 from sievert.bundle.create import check_place
 from sievert.bundle.errors import BundleError, InputError, SievertError
-from sievert.bundle.names import FULL
+from sievert.bundle.names import DOWNLOADS, FULL
 from sievert.bundle.plan import Plan
 from sievert.bundle.specs import Geometry
 from sievert.bundle.store import Bundle
@@ -177,7 +177,7 @@ def examine(
     progress: Progress = silent,
 ) -> Examined:
     """What the small files of a model tell; a hub id is downloaded. Raises as :func:`export` does for checkpoints."""
-    from sievert.exporter.export import DOWNLOADS, examine_checkpoint
+    from sievert.exporter.export import examine_checkpoint
 
     progress("reading the configuration")
     hub = str(model).count("/") == 1 and not Path(model).expanduser().exists()

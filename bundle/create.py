@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import logging
-import re
-import secrets
 import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from sievert.bundle.errors import BundleError, SievertError
-from sievert.bundle.files import exchange, locked, plain_status, sha256_file, sync, write_new
+from sievert.bundle.files import locked, plain_status, sha256_file, sync, write_new
 from sievert.bundle.integrity import check_bundle, parse_manifest, read_manifest
 from sievert.bundle.manifest import FileEntry, Manifest
-from sievert.bundle.names import LOCK, MANIFEST, check_name, is_ours, temporary_name
+from sievert.bundle.names import LOCK, MANIFEST, check_name, is_ours
+from sievert.bundle.place import beside, move_into, sweep_siblings
 from sievert.bundle.writer import FolderWriter, history_line, render, writing
-
-logger = logging.getLogger(__name__)
 
 
 class NewBundle(FolderWriter):
@@ -66,7 +62,7 @@ def create_bundle(path: Path, *, force: bool, command: str) -> Iterator[NewBundl
     """
     target = path.resolve()
     check_place(target, force=force)
-    folder = target.parent / f".{target.name}{temporary_name()}"
+    folder = beside(target)
     start = time.monotonic()
     try:
         with contextlib.ExitStack() as held, writing(folder):
@@ -122,31 +118,6 @@ def check_place(target: Path, *, force: bool) -> None:
 
 def _move(folder: Path, target: Path, *, force: bool) -> None:
     check_place(target, force=force)  # again: the export took its time
-    if not (target / MANIFEST).exists():
-        folder.rename(target)
-        return
-    with locked(target, "replaced by an export"):
-        if exchange(folder, target):
-            return
-        # Without the system call there is an instant with nothing at the place; the old bundle then stands beside it.
-        # No name of a temporary folder: after a kill in that instant it is the only copy, and must not be swept.
-        old = target.with_name(f"{target.name}.replaced-{secrets.token_hex(4)}")
-        target.rename(old)
-        try:
-            folder.rename(target)
-        except BaseException:
-            old.rename(target)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def sweep_siblings(target: Path) -> None:
-    """Remove what killed exports to the same place left beside it; one that still runs holds its lock and is left alone."""
-    pattern = re.compile(re.escape(f".{target.name}") + r"\.sievert-tmp-[0-9a-f]{16}")
-    for path in sorted(target.parent.iterdir()):
-        if pattern.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
-            try:
-                with locked(path, "sweep"):
-                    shutil.rmtree(path)
-            except (BundleError, OSError) as error:
-                logger.info("left %s: %s", path, error)
+    held = (target / MANIFEST).exists()
+    with locked(target, "replaced by an export") if held else contextlib.nullcontext():
+        move_into(folder, target)

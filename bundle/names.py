@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
+from pathlib import Path
 
 from sievert.bundle.errors import IntegrityError, VariantError
 
@@ -11,6 +12,9 @@ MANIFEST = "sievert.json"
 LOCK = ".sievert.lock"
 FULL = "full"
 """The unpruned variant that every bundle has."""
+
+DOWNLOADS = Path("~/.cache/sievert/checkpoints")
+"""Where hub ids are downloaded to, each into a folder of its own."""
 
 SUFFIXES = frozenset({".onnx", ".data", ".engine", ".json", ".npz"})
 """Suffixes of the files that steps write under content-hashed names."""

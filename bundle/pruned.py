@@ -7,21 +7,21 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 from pydantic import ValidationError
 
 from sievert.bundle.errors import BundleError, ManifestError
-from sievert.bundle.files import exchange, open_plain, plain_status, sha256_file, sync, write_new
+from sievert.bundle.files import open_plain, plain_status, sha256_file, sync, write_new
 from sievert.bundle.manifest import FileEntry, GraphEntry, WeightEntry
-from sievert.bundle.names import check_name, temporary_name
+from sievert.bundle.names import LOCK, check_name
+from sievert.bundle.place import writing_beside
 from sievert.bundle.plan import Plan
 from sievert.bundle.profile import Profile
 from sievert.bundle.specs import Record
-from sievert.bundle.writer import writing
 
 PRUNED: Final = "pruned.json"
 FORMAT: Final = 1
@@ -115,25 +115,12 @@ def create_pruned(path: Path, *, force: bool) -> Iterator[NewPruned]:
         BundleError: something stands at ``path`` that may not be replaced, or the folder cannot be written.
     """
     target = path.resolve()
-    check_pruned_place(target, force=force)
-    folder = target.parent / f".{target.name}{temporary_name()}"
-    try:
-        with writing(folder):
-            with writing(folder, everywhere=True):
-                target.parent.mkdir(parents=True, exist_ok=True)
-                folder.mkdir()
-            new = NewPruned(folder)
-            yield new
-            if new.record is None:
-                raise BundleError("the pruned decoder was left without a record: call finish")
-            new.write_record()
-            with writing(target, everywhere=True):
-                sync(folder)
-                _move(folder, target, force=force)
-                sync(target.parent)
-    finally:
-        # Before the move this is the unfinished folder, after an exchange the one that was replaced.
-        shutil.rmtree(folder, ignore_errors=True)
+    with writing_beside(target, "prune-onnx", check=partial(check_pruned_place, target, force=force)) as folder:
+        new = NewPruned(folder)
+        yield new
+        if new.record is None:
+            raise BundleError("the pruned decoder was left without a record: call finish")
+        new.write_record()
 
 
 class NewPruned:
@@ -156,26 +143,9 @@ class NewPruned:
         """Hash every file and write the record."""
         assert self.record is not None  # noqa: S101 - create_pruned has looked
         files = {}
-        for path in sorted(self.path.iterdir()):
+        for path in sorted(path for path in self.path.iterdir() if path.name != LOCK):
             sync(path)
             files[path.name] = FileEntry(bytes=plain_status(path).st_size, sha256=sha256_file(path))
         content = self.record.model_copy(update={"files": files}).model_dump(mode="json", warnings=False)
         text = json.dumps(content, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
         write_new(self.path / PRUNED, (text + "\n").encode())
-
-
-def _move(folder: Path, target: Path, *, force: bool) -> None:
-    check_pruned_place(target, force=force)  # again: the work took its time
-    if not (target / PRUNED).exists():
-        folder.rename(target)
-        return
-    if exchange(folder, target):
-        return
-    old = target.with_name(f"{target.name}.replaced{temporary_name()}")
-    target.rename(old)
-    try:
-        folder.rename(target)
-    except BaseException:
-        old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

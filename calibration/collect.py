@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Final
@@ -14,11 +15,12 @@ import numpy as np
 from sievert.bundle.errors import CalibrationError, EngineError, EngineUnavailableError, ProfileError
 from sievert.bundle.files import sha256_bytes, write_new
 from sievert.bundle.manifest import FileEntry
+from sievert.bundle.place import writing_beside
 from sievert.bundle.profile import Profile
 from sievert.bundle.store import Bundle
 from sievert.calibration.collection import Collection
 from sievert.calibration.material import SEED, Material
-from sievert.calibration.place import writing_beside
+from sievert.calibration.place import require_free
 from sievert.calibration.record import (
     LEAST,
     NAME,
@@ -123,7 +125,8 @@ def collect(
     prompter = Prompter(bundle.path, bundle.manifest.geometry, profile)
     recorder = Recorder(runtime)
     tokens: list[list[int]] = [[] for _ in material.samples]
-    with Pipeline(bundle, variant, recorder) as pipeline, writing_beside(place, force=force) as folder:
+    free = partial(require_free, place, force=force)
+    with Pipeline(bundle, variant, recorder) as pipeline, writing_beside(place, "collect", check=free) as folder:
         chain = _Chain(pipeline, recorder.sessions, material, _Store(folder), tuple(steps), tokens)
         chain.require_room(place)
         for start in range(0, len(material.samples), profile.batch):

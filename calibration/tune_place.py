@@ -11,10 +11,10 @@ from typing import Final
 from sievert.bundle.errors import InputError
 from sievert.bundle.files import locked, sync
 from sievert.bundle.names import LOCK
+from sievert.bundle.place import move_into
 from sievert.bundle.store import Bundle
 from sievert.calibration.answers import NAME as ANSWERS
 from sievert.calibration.json_lines import writing
-from sievert.calibration.place import move_into
 from sievert.calibration.tune import DECISIONS
 from sievert.calibration.tune_ask import PLANS
 

@@ -17,6 +17,7 @@ from onnx_ir.passes import common as common_passes
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from sievert.bundle.manifest import Source
+from sievert.bundle.names import DOWNLOADS
 from sievert.bundle.specs import Geometry
 from sievert.exporter.architectures.base import TwoWay
 from sievert.exporter.axes import GatherPositions
@@ -37,9 +38,6 @@ from sievert.exporter.trial import try_processor
 from sievert.exporter.weights import Weight, WeightBinder, parameter_tensor
 
 logger = logging.getLogger(__name__)
-
-DOWNLOADS = Path("~/.cache/sievert/checkpoints")
-"""Where hub ids are downloaded to, each into a folder of its own."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -15,7 +16,7 @@ from sievert.parity.verdict import Verdict
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("engine", ["onnxruntime-cuda", "tensorrt-rtx", "tensorrt"])
-def test_prefill_and_decode_agree_with_pytorch(engine: str, dtype: str, checkpoint: Path, tmp_path: Path):
+def test_prefill_and_decode_agree_with_pytorch(engine: str, dtype: Literal["float32", "float16"], checkpoint: Path, tmp_path: Path):
     if reason := find_runtime(engine).unavailable() or unavailable_to_build(engine):
         pytest.skip(reason)
     bundle, cut = tmp_path / "bundle", package.Cut(layer=1, keep="22%")

@@ -17,31 +17,21 @@ from sievert.plan_yaml import LARGEST
 from sievert.planning import Cut, make_plan, name_variant, pair_cuts
 from tests.api.conftest import sievert
 from tests.api.test_bad_input import refused
+from tests.geometries import make_geometry
 
 SCHEDULED = {name: entry.schedule for name, entry in SELECTORS.items() if entry.schedule.shares}
 
 
 def model(depth: int = 32, visual: int = 576) -> Geometry:
     side = round(visual**0.5)
-    return Geometry(
+    return make_geometry(
         depth=depth,
-        width=64,
-        heads=4,
-        kv_heads=2,
-        head_size=16,
-        vocabulary=96,
-        attention_scale=0.25,
         max_positions=4096,
-        image_token_id=4,
-        pad_token_id=0,
-        eos_token_ids=(2,),
         image_height=336,
         image_width=336,
-        channels=3,
         grid=(side, visual // side),
         visual_tokens=visual,
         vision_layers=24,
-        class_tokens=1,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def test_an_engine_that_cannot_run_or_dies_is_heard(tmp_path: Path, monkeypatch:
     dying = tmp_path / "python"
     dying.write_text('#!/bin/sh\necho "$@" >"$0.arguments"\necho "out of memory" >&2\nexit 3\n')
     dying.chmod(0o700)
-    monkeypatch.setattr(gpu.sys, "executable", str(dying))
+    monkeypatch.setattr(sys, "executable", str(dying))
     found = gpu.run_engine("onnxruntime", options, tmp_path / "model", tmp_path / "bundle")
     assert found == {"failed": "the process ended with 3: out of memory"}
     assert f"gpu.py --job onnxruntime cpu {tmp_path / 'model'} {tmp_path / 'bundle'} 6 1" in (tmp_path / "python.arguments").read_text()

@@ -8,26 +8,9 @@ from pydantic import ValidationError
 from sievert.bundle.errors import PlanError, ProfileError
 from sievert.bundle.plan import Plan, Stage, resolve_keep
 from sievert.bundle.profile import Profile
-from sievert.bundle.specs import Geometry
+from tests.geometries import make_geometry
 
-GEOMETRY = Geometry(
-    depth=10,
-    width=128,
-    heads=4,
-    kv_heads=2,
-    head_size=32,
-    vocabulary=60,
-    attention_scale=32**-0.5,
-    max_positions=512,
-    image_token_id=4,
-    pad_token_id=0,
-    eos_token_ids=(2,),
-    image_height=128,
-    image_width=128,
-    channels=3,
-    grid=(16, 16),
-    visual_tokens=256,
-)
+GEOMETRY = make_geometry(depth=10, image_height=128, image_width=128, grid=(16, 16), visual_tokens=256)
 
 
 def stage(layer: int, keep: int) -> Stage:

@@ -296,7 +296,7 @@ class TestCreate:
         assert [path.name for path in bundle.path.parent.iterdir()] == ["b"]
 
     def test_without_the_atomic_exchange_it_is_replaced_all_the_same(self, bundle: Bundle, monkeypatch: pytest.MonkeyPatch):
-        monkeypatch.setattr("sievert.bundle.create.exchange", lambda first, second: False)
+        monkeypatch.setattr("sievert.bundle.place.exchange", lambda first, second: False)
         with Bundle.create(bundle.path, force=True) as new:
             fill(new, shift=3.0)
         assert Bundle.open(bundle.path, verify="full").manifest != bundle.manifest

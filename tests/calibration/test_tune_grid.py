@@ -11,32 +11,13 @@ from sievert.bundle.profile import Profile
 from sievert.bundle.specs import Geometry
 from sievert.calibration.tune_grid import FLOORS, KEEPS, Grid, cut_line, make_lines, refine, vary_options
 from sievert.graph_passes.selectors import registry
+from tests.geometries import make_geometry
 
 
 @pytest.fixture
 def model() -> tuple[Geometry, Profile]:
     """A small decoder of 4 layers; its images have 4 x 4 patches."""
-    geometry = Geometry(
-        depth=4,
-        width=64,
-        heads=4,
-        kv_heads=2,
-        head_size=16,
-        vocabulary=96,
-        attention_scale=0.25,
-        max_positions=512,
-        image_token_id=4,
-        pad_token_id=0,
-        eos_token_ids=(2,),
-        image_height=32,
-        image_width=32,
-        channels=3,
-        grid=(4, 4),
-        visual_tokens=16,
-        vision_layers=3,
-        class_tokens=1,
-    )
-    return geometry, Profile(visual_tokens=16, max_text=24, max_new_tokens=8)
+    return make_geometry(), Profile(visual_tokens=16, max_text=24, max_new_tokens=8)
 
 
 def test_every_selector_is_tried_before_layers_of_the_first_half_and_the_floors_are_not(model: tuple[Geometry, Profile]):
