@@ -136,7 +136,7 @@ def quantise_variant(
             data="" if used is None else used.info.seal,
             samples=0 if used is None else len(used.info.samples),
             random=used is not None and used.random,
-            kept=kept if caches is None else kept | caches.kept,
+            kept=kept if caches is None else {**kept, **caches.kept},
             weights=own.stored,
         )
         new = put_graphs(step, name, variant, {graph: models[graph] for graph in changed}, precision)

@@ -19,7 +19,7 @@ from sievert.bundle.pictures import PIXELS
 from sievert.bundle.store import Bundle
 from sievert.engines.run.generate import generate
 from sievert.engines.run.pipeline import Pipeline
-from sievert.engines.run.prompt import Prompter, load_processor
+from sievert.engines.run.prompt import PromptBatch, Prompter, load_processor
 from sievert.engines.run.registry import find_runtime
 from sievert.parity.compare import compare, usable_kept
 from sievert.parity.effects import separate_effects, summarise_effects
@@ -30,6 +30,7 @@ from sievert.parity.record import ReferenceRecord, kept_name
 from sievert.parity.reference import Reference, ReferenceInputs
 from sievert.parity.report import Report, SampleReport, explain, summarise
 from sievert.parity.samples import Sample, synthetic_samples
+from sievert.parity.scales import judge_scales
 from sievert.parity.tolerances import Tolerances, tolerances_for
 from sievert.parity.verdict import Verdict, combine
 
@@ -121,8 +122,13 @@ def check_against(
             reports += _check_group(reference, bundle, pipeline, prompter, group, steps, template=template, exposed=exposed)
     if precision is not None:
         progress("reading the quantised weights")
-        weights = tuple(judge_weights(bundle, precision, _tolerances(bundle, bundle.variant(variant)).weights))
-        reports[0] = replace(reports[0], results=(*weights, *reports[0].results))
+        tolerances = _tolerances(bundle, bundle.variant(variant))
+        own = [*judge_weights(bundle, precision, tolerances.weights)]
+        if precision.calibration and pipeline.runtime.reads_onnx:
+            progress("measuring what is quantised")
+            batches = (_prepare(prompter, group, template=template) for group in _batched(samples, profile.batch))
+            own += judge_scales(bundle, variant, batches, tolerances.scales, lowered_for=lowered_for)
+        reports[0] = replace(reports[0], results=(*own, *reports[0].results))
         reports[0] = replace(reports[0], verdict=combine([result.verdict for result in reports[0].results]))
     verdict, reason, stage = explain([report.results for report in reports])
     if verdict is Verdict.FAIL and (otherwise := describe_other_weights(bundle.manifest, reference.model)):
@@ -142,6 +148,10 @@ def check_against(
     )
 
 
+def _prepare(prompter: Prompter, group: Sequence[Sample], *, template: bool) -> PromptBatch:
+    return prompter.prepare([sample.image for sample in group], [sample.prompt for sample in group], template=template)
+
+
 def _batched(samples: Sequence[Sample], size: int) -> list[tuple[Sample, ...]]:
     return [tuple(samples[start : start + size]) for start in range(0, len(samples), size)]
 
@@ -158,7 +168,7 @@ def _check_group(
     exposed: bool,
 ) -> list[SampleReport]:
     """One batch: the engine reads it, the reference follows what it kept, and both are fed the reference's tokens."""
-    batch = prompter.prepare([sample.image for sample in group], [sample.prompt for sample in group], template=template)
+    batch = _prepare(prompter, group, template=template)
     variant = pipeline.variant
     plan, tolerances = variant.plan, _tolerances(bundle, variant)
     seen = observe_prefill(pipeline, batch, exposed=exposed)

@@ -121,7 +121,7 @@ def explain(samples: Sequence[Sequence[StageResult]]) -> tuple[Verdict, str, str
 
 def describe(result: StageResult) -> str:
     """What one comparison found, in a few words."""
-    if result.difference is None:
+    if result.difference is None or result.note:
         return result.note
     found = result.difference
     return f"max abs {found.max_abs:.3g} > {found.allowed:.3g} allowed, at {list(found.worst)}, cosine {found.cosine:.6f}"

@@ -147,6 +147,7 @@ def test_check_judges_codes_and_tells_pruning_from_quantising(quantised: Path, t
     assert report.stages[0].stage == "quantised weights" and report.stages[0].comparisons > 20
     assert report.effects is not None and report.effects.samples == 2
     assert report.effects.pruning > report.effects.quantisation > 0
+    assert report.stages[1].stage == "activation scales" and report.stages[1].comparisons > 20
     # A scale on the disk is twice what it was: of one channel, in a bundle whose hashes all agree.
     spoilt = Path(shutil.copytree(quantised, tmp_path / "spoilt"))
     _edit_stored(
@@ -155,6 +156,31 @@ def test_check_judges_codes_and_tells_pruning_from_quantising(quantised: Path, t
     spoilt_report = sievert.check(spoilt, variants=["iwp-22-int8"], samples=2, tokens=2).outcomes[0].ran
     assert spoilt_report.verdict.value == "FAIL" and spoilt_report.first_failure == "quantised weights"
     assert "layers.2.mlp.up_proj" in spoilt_report.reason and "[5]" in spoilt_report.reason
+
+
+@pytest.mark.parametrize("factor", [8.0, 1 / 8])
+def test_a_wrong_scale_of_an_activation_fails(quantised: Path, tmp_path: Path, factor: float):
+    """Eight times too coarse, or cutting off what is beyond an eighth: in prefill and decode alike, hashes included."""
+    spoilt = Path(shutil.copytree(quantised, tmp_path / "spoilt"))
+    raw = json.loads((spoilt / "sievert.json").read_text())
+    for graph in ("prefill", "decode"):
+        file = raw["variants"]["iwp-22-int8"]["graphs"][graph]["file"]
+        model = ir.load(spoilt / file)
+        (linear,) = [
+            node
+            for node in model.graph
+            if node.op_type == "MatMul" and str(node.inputs[1].name).endswith("layers.2.mlp.down_proj.weight.T.restored")  # type: ignore[union-attr]
+        ]
+        scale = linear.inputs[0].producer().inputs[1]  # type: ignore[union-attr]
+        assert scale is not None and scale.const_value is not None
+        scale.const_value = ir.tensor(scale.const_value.numpy() * np.float32(factor), name=scale.name)
+        content = to_bytes(model)
+        (spoilt / file).write_bytes(content)
+        raw["files"][file] = {"bytes": len(content), "sha256": sha256_bytes(content)}
+    (spoilt / "sievert.json").write_text(json.dumps(raw))
+    report = sievert.check(spoilt, variants=["iwp-22-int8"], samples=2, tokens=2).outcomes[0].ran
+    assert report.verdict.value == "FAIL" and report.first_failure == "activation scales", report.reason
+    assert "layers.2.mlp.down_proj" in report.reason and "codes reach" in report.reason, report.reason
 
 
 def _edit_stored(bundle: Path, variant: str, name: str, change: Callable[[np.ndarray], np.ndarray]) -> None:
