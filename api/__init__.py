@@ -37,6 +37,7 @@ from sievert.bundle.errors import (
 if TYPE_CHECKING:
     from sievert.benching import bench
     from sievert.building import build
+    from sievert.bundle.remote_code import trust_remote_code
     from sievert.checking import check
     from sievert.collecting import collect, load_collection
     from sievert.comparing import compare_selectors
@@ -95,6 +96,7 @@ __all__ = [
     "ranges",
     "run",
     "sensitivity",
+    "trust_remote_code",
     "tune",
     "write_plan",
 ]
@@ -121,6 +123,7 @@ _HOMES = {
     "ranges": "ranging",
     "run": "running",
     "sensitivity": "sensing",
+    "trust_remote_code": "bundle.remote_code",
     "tune": "tuning",
     "write_plan": "plan_file",
 }

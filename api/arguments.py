@@ -293,3 +293,6 @@ PlanOf = Annotated[str, Option("--plan", metavar="VARIANT", help="Print only thi
 # all
 Verbose = Annotated[int, Option("--verbose", "-v", count=True, help="Say more; -vv: what the libraries say too.", show_default=False)]
 Debug = Annotated[bool, Option("--debug", help="Show the traceback of an error.")]
+TrustRemoteCode = Annotated[
+    bool, Option("--trust-remote-code", help="Run Python code that the checkpoint or bundle brings along. Read it first.")
+]

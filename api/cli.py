@@ -16,11 +16,12 @@ from typer.core import TyperGroup
 
 from sievert import SievertError, cli_ask, cli_bench, cli_calibrate, cli_compare, cli_look, cli_make, cli_onnx, cli_tune
 from sievert import arguments as a
+from sievert.bundle.remote_code import trust_remote_code
 from sievert.console import Screen, configure_output
 
 BAD_INPUT, OWN_FAULT, INTERRUPTED = 2, 70, 130
 _EXIT_CODES = "Exit codes: 0 done, and PASS; 1 FAIL; 2 what was given cannot be used; 3 AMBIGUOUS under --strict; 130 interrupted."
-_GLOBAL_FLAGS = ("--debug", "-v", "-vv", "--verbose")
+_GLOBAL_FLAGS = ("--debug", "-v", "-vv", "--verbose", "--trust-remote-code")
 
 
 def examples(*lines: str) -> str:
@@ -96,10 +97,14 @@ _Version = Annotated[bool, typer.Option("--version", callback=_print_version, is
 
 
 @app.callback()
-def start(verbose: a.Verbose = 0, debug: a.Debug = False, version: _Version = False) -> None:
+def start(
+    context: typer.Context, verbose: a.Verbose = 0, debug: a.Debug = False, trust: a.TrustRemoteCode = False, version: _Version = False
+) -> None:
     """Turn a vision-language model into engines that drop most visual tokens inside the graph, and prove they still agree with PyTorch."""
     del debug, version  # read where exceptions end, and by its callback
     configure_output(verbosity=verbose)
+    if trust:
+        context.with_resource(trust_remote_code())
 
 
 app.command(

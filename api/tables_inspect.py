@@ -22,6 +22,8 @@ def inspection(found: Inspection, *, tensors: bool) -> Iterable[Table | str]:
     """Everything there is to see, one part after the other. ``tensors`` names each one, and all weights."""
     yield f"[bold]{escape(found.path.name)}[/]  {summarise_source(found.manifest)}"
     yield describe_input(found.manifest.geometry)
+    if code := found.manifest.source.remote_code:
+        yield f"Its processor runs code of its own, with --trust-remote-code only: {', '.join(code)}"
     if found.sample_text:
         yield describe_sample(found)
     yield _sizes(found)

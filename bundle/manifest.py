@@ -41,7 +41,9 @@ class StoredWeight(WeightEntry):
 
 
 class Source(Record):
-    """Where the model came from. ``model`` is the folder or hub id the user gave."""
+    """Where the model came from. ``model`` is the folder or hub id the user gave; ``remote_code`` names the Python files of its own that
+    the bundle carries, which loading its processor runs if the user says so each time.
+    """
 
     model: str
     architecture: str
@@ -49,6 +51,7 @@ class Source(Record):
     vision: str
     text: str
     dtype: str
+    remote_code: tuple[str, ...] = ()
 
 
 class GraphEntry(Record):

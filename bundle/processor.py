@@ -6,20 +6,31 @@ import json
 from pathlib import Path
 from typing import Any, Final
 
+from sievert.bundle.errors import BundleError
+from sievert.bundle.remote_code import find_remote_code, is_trusted
+
 FILES: Final = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 """Those that may name the processor's class, under :data:`KEY`."""
 KEY: Final = "processor_class"
 
 
 def load_pictures(folder: Path, library: Any, *, name: str = "") -> Any:
-    """The processor in ``folder``, without the network, without remote code, with images processed by Pillow; ``name`` as below.
+    """The processor in ``folder``, without the network, with images processed by Pillow; ``name`` as below. Code that the folder brings
+    along is run inside :func:`~sievert.bundle.remote_code.trust_remote_code` only.
 
     ``library`` (transformers) prefers torchvision where that is installed, which resizes differently: one bundle must not give two answers.
 
     Raises:
+        BundleError: it would run code of its own.
         OSError, ValueError, KeyError, TypeError, AttributeError, ImportError: its files are missing or damaged, or it is no such processor.
     """
-    options = {"trust_remote_code": False, "local_files_only": True}
+    if (code := find_remote_code(folder)) and not is_trusted():
+        file, classes = next(iter(code.items()))
+        raise BundleError(
+            f"{folder} would run code of its own ({', '.join(classes)} in auto_map of {file}): read the .py files in it, and give "
+            "--trust-remote-code if you trust them"
+        )
+    options = {"trust_remote_code": is_trusted(), "local_files_only": True}
     processor = choose_processor(folder, library, name).from_pretrained(folder, **options)
     if hasattr(processor, "image_processor"):
         processor.image_processor = library.AutoImageProcessor.from_pretrained(folder, backend="pil", **options)
@@ -29,15 +40,18 @@ def load_pictures(folder: Path, library: Any, *, name: str = "") -> Any:
 def choose_processor(folder: Path, library: Any, name: str = "") -> Any:
     """The class of ``library`` (transformers) whose ``from_pretrained`` loads the processor in ``folder``, for pictures and text only.
 
-    A processor that also takes videos loads without its video part, which transformers has for torchvision only. ``name`` is the
-    class to take in place of the one that the files name.
+    Where the files name trusted code for the whole processor, transformers finds it. A processor that also takes videos loads without its
+    video part, which transformers has for torchvision only. ``name`` is the class to take in place of the one that the files name.
 
     Raises:
         ImportError: the class needs a package that is not installed.
     """
-    for file in FILES if not name else ():
+    for file in FILES:
         try:
-            name = name or json.loads((folder / file).read_text(encoding="utf-8")).get(KEY, "")
+            content = json.loads((folder / file).read_text(encoding="utf-8"))
+            if is_trusted() and "AutoProcessor" in (content.get("auto_map") or ()):
+                return library.AutoProcessor
+            name = name or content.get(KEY, "")
         except (OSError, ValueError, AttributeError):
             continue
     kind = getattr(library, name, None) if isinstance(name, str) and name else None

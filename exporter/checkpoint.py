@@ -12,6 +12,7 @@ from huggingface_hub import errors, snapshot_download
 from huggingface_hub.errors import HFValidationError, XetDownloadError
 
 from sievert.bundle.errors import CheckpointError, UnsupportedModelError
+from sievert.bundle.remote_code import find_remote_code, is_trusted, list_classes
 from sievert.exporter.architectures import ARCHITECTURES, Architecture, supported
 
 SMALL_FILES = (
@@ -32,6 +33,9 @@ SMALL_FILES = (
 )
 """What a bundle takes from a checkpoint besides its weights, where it is there."""
 
+CODE = "*.py"
+"""What it takes too where the checkpoint wants code of its own run, and the user trusts it."""
+
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HTTP_ERROR: type[Exception] = vars(errors)["HTTPError"]  # of whichever HTTP library the hub uses; not in its typed names
@@ -40,13 +44,14 @@ _LIMIT = 64 << 20  # a tokenizer of a quarter million words takes some 30 MB
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """``given`` is what the user gave, ``files`` the names of the small files that are there."""
+    """``given`` is what the user gave, ``files`` the names of the small files that are there, ``code`` of those that are Python."""
 
     given: str
     folder: Path
     config: dict[str, Any]
     architecture: Architecture
     files: tuple[str, ...]
+    code: tuple[str, ...] = ()
 
 
 def open_checkpoint(model: str | Path, *, downloads: Path) -> Checkpoint:
@@ -70,7 +75,7 @@ def open_checkpoint(model: str | Path, *, downloads: Path) -> Checkpoint:
     if isinstance(model, Path) or not _HUB_ID.fullmatch(given):
         raise CheckpointError(f"{given} does not exist: give a checkpoint folder, or a hub id such as llava-hf/llava-1.5-7b-hf")
     folder = downloads.expanduser() / given
-    _download(given, folder, SMALL_FILES)
+    _download(given, folder, (*SMALL_FILES, *([CODE] if is_trusted() else [])))
     _judge(given, folder)
     _download(given, folder, _WEIGHTS)
     return _checked(given, folder)
@@ -91,13 +96,14 @@ def _checked(given: str, folder: Path) -> Checkpoint:
     config, architecture = _judge(given, folder)
     _check_weights(given, folder)
     files = tuple(name for name in SMALL_FILES if (folder / name).is_file())
+    code = tuple(sorted(path.name for path in folder.glob(CODE))) if find_remote_code(folder) else ()
     if not {"preprocessor_config.json", "processor_config.json"} & set(files):
         raise CheckpointError(
             f"{given} has no image processor (preprocessor_config.json or processor_config.json): add the files of the model it came from"
         )
     if not {"tokenizer.json", "tokenizer.model", "vocab.json"} & set(files):
         raise CheckpointError(f"{given} has no tokenizer (tokenizer.json): add the tokenizer files of the model it came from")
-    return Checkpoint(given, folder, config, architecture, files)
+    return Checkpoint(given, folder, config, architecture, (*files, *code), code)
 
 
 def _judge(given: str, folder: Path) -> tuple[dict[str, Any], Architecture]:
@@ -107,11 +113,8 @@ def _judge(given: str, folder: Path) -> tuple[dict[str, Any], Architecture]:
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{given} holds no config.json, so it is no checkpoint: give the folder that save_pretrained wrote")
     for path in sorted(folder.glob("*.json")):
-        if path.name in SMALL_FILES and "auto_map" in (content := _read_json(path)):
-            raise CheckpointError(
-                f"{given}: {path.name} asks for code of its own ({', '.join(map(str, content['auto_map']))} in auto_map), which is never "
-                f"run: use a conversion for a class of transformers. Supported: {supported()}"
-            )
+        if path.name in SMALL_FILES and (classes := list_classes(_read_json(path))):
+            _check_code(given, path.name, classes)
     config = _read_json(folder / "config.json")
     architecture = _find_architecture(given, config)
     for where, part in (("config.json", config), ("text_config", config.get("text_config") or {})):
@@ -122,6 +125,20 @@ def _judge(given: str, folder: Path) -> tuple[dict[str, Any], Architecture]:
                 "float16 or bfloat16"
             )
     return config, architecture
+
+
+def _check_code(given: str, name: str, classes: list[str]) -> None:
+    """Refuse code that ``name`` wants imported, unless it is trusted and lies in the folder."""
+    if not is_trusted():
+        raise CheckpointError(
+            f"{given}: {name} asks for code of its own ({', '.join(classes)} in auto_map), which is not run unasked: use a conversion for "
+            f"a class of transformers, or read the code and give --trust-remote-code. Supported: {supported()}"
+        )
+    if other := [each for each in classes if "--" in each]:
+        raise CheckpointError(
+            f"{given}: {name} asks for code of another repository ({other[0]}), which a bundle cannot carry: download the checkpoint, put "
+            "the .py files into its folder, and name them without what stands before --"
+        )
 
 
 def _find_architecture(given: str, config: dict[str, Any]) -> Architecture:

@@ -154,6 +154,7 @@ def export_model(
         vision=config.vision_config.model_type,
         text=config.get_text_config().model_type,
         dtype=dtype,
+        remote_code=checkpoint.code,
     )
     return Exported(
         graphs,

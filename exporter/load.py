@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from sievert.bundle.errors import CheckpointError, InputError, UnsupportedModelError
+from sievert.bundle.remote_code import is_trusted
 from sievert.exporter.architectures import supported
 from sievert.exporter.checkpoint import Checkpoint
 from sievert.exporter.quiet import logger, quiet
@@ -49,7 +50,7 @@ def load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
             )
     try:
         with quiet("reading the configuration"):
-            config: PreTrainedConfig = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False, local_files_only=True)
+            config: PreTrainedConfig = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=is_trusted(), local_files_only=True)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
         raise CheckpointError(f"{checkpoint.given}: config.json cannot be used ({error}): download it again") from error
     tower = getattr(getattr(config, "vision_config", None), "model_type", "none")

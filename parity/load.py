@@ -10,6 +10,7 @@ import torch
 
 from sievert.bundle.errors import CheckpointError, InputError
 from sievert.bundle.manifest import Manifest
+from sievert.bundle.remote_code import is_trusted
 from sievert.parity.reference import Reference
 
 
@@ -32,9 +33,9 @@ def load_reference(manifest: Manifest, *, model: str | Path | None = None) -> Re
     dtype: torch.dtype = getattr(torch, manifest.source.dtype)
     architecture: Any = getattr(transformers, manifest.source.architecture)  # transformers gives `from_pretrained` no useful type
     try:
-        attention = _attention_of(transformers.AutoConfig.from_pretrained(name, trust_remote_code=False))
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=is_trusted())
         loaded = architecture.from_pretrained(
-            name, dtype=dtype, attn_implementation=attention, use_safetensors=True, trust_remote_code=False
+            name, config=config, dtype=dtype, attn_implementation=_attention_of(config), use_safetensors=True, trust_remote_code=False
         )
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{name!r} cannot be loaded as the reference: {error}; pass --model with the model's folder") from error

@@ -60,7 +60,7 @@ def _remote_code(folder: Path) -> None:
         (_empty, "no config.json"),
         (_text_only, ("LlamaForCausalLM", "no vision tower", "LlavaForConditionalGeneration (towers: clip")),
         (_other_family, ("MllamaForConditionalGeneration", "LlavaForConditionalGeneration")),
-        (_remote_code, ("auto_map", "never")),
+        (_remote_code, ("auto_map", "not run unasked", "--trust-remote-code")),
     ],
 )
 def test_export_refuses_what_is_no_model_it_knows(make: Callable[[Path], None], says: str | tuple[str, ...], tmp_path: Path):

@@ -9,9 +9,11 @@ import pytest
 from PIL import Image
 
 import sievert as package
-from sievert.bundle.errors import BundleError, InputError
+from sievert.bundle.errors import BundleError, ImageError, InputError
+from sievert.bundle.profile import Profile
 from sievert.bundle.store import Bundle
 from sievert.engines.run.prompt import Prompter
+from sievert.engines.run.videos import Video
 from sievert.exporting import examine
 from sievert.inspecting import Inspection
 from sievert.sampling import count_text, leave_room
@@ -77,6 +79,17 @@ def test_a_sample_has_a_size_where_a_model_takes_several(checkpoint: Path, tmp_p
     assert examine(anyhow, sample_size=(64, 96), image_size=(64, 64)).geometry.visual_tokens == 16
     # vision start and end stand around the image, and count
     assert count_text(anyhow, found.geometry, [ASK], pictures=[Image.new("RGB", (96, 64))] * 2) == 2 * 2 + 8 - 1
+    with pytest.raises(ImageError, match="resize to 96x64"):  # not the same in the processor as the first
+        count_text(anyhow, found.geometry, [ASK], pictures=[Image.new("RGB", (96, 64)), Image.new("RGB", (64, 64))])
+
+
+def test_a_video_stands_in_for_the_frames_that_will_come(tmp_path: Path):
+    timed = make_family("qwen3-vl", tmp_path / "qwen", layers=3)
+    geometry = examine(timed, image_size=(32, 64), frames=4).geometry
+    film = Video((Image.new("RGB", (64, 32)),) * 4)
+    prompter = Prompter(timed, geometry, Profile(visual_tokens=geometry.visual_tokens, max_text=64, max_new_tokens=1))
+    counted = count_text(timed, geometry, [ASK])
+    assert counted == prompter.prepare([film], [ASK]).lengths[0] - geometry.visual_tokens > 8  # timestamps are words
 
 
 def test_a_folder_without_a_processor(shared: Path, tmp_path: Path):

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from sievert.bundle.errors import CheckpointError, InputError, UnsupportedModelError
+from sievert.bundle.remote_code import trust_remote_code
 from sievert.exporter.export import examine_checkpoint, export_model
 from tests.tiny_llava import make_tiny_llava
 
@@ -79,7 +80,10 @@ def test_remote_code(tiny: Path, name: str):
     edit(tiny / name, lambda content: content.update(auto_map={"AutoModel": "modeling.Evil"}))
     message = refused(tiny)
     assert name in message
-    assert "never run" in message
+    assert "not run unasked" in message
+    with trust_remote_code():
+        edit(tiny / name, lambda content: content.update(auto_map={"AutoModel": "owner/name--modeling.Evil"}))
+        assert "code of another repository (owner/name--modeling.Evil)" in refused(tiny)
 
 
 def test_a_text_only_model(tiny: Path):

@@ -22,7 +22,7 @@ DATA = memoryview(WEIGHT.tobytes())
 def share(bundle: Bundle, path: Path) -> Bundle:
     """A second small bundle over the weights of the first."""
     with open_shared(bundle) as held, Bundle.create(path) as new:
-        entry = held.find("W", sha256_bytes(DATA), DATA)
+        entry = held.find("W", sha256_bytes(bytes(DATA)), DATA)
         assert entry is not None and entry.offset == 0
         assert held.find("constant", sha256_bytes(b"1234"), memoryview(b"1234")) is None
         name = held.link(new)
@@ -62,11 +62,11 @@ def test_bytes_are_compared_and_not_believed(tmp_path: Path):
     bundle = make_bundle(tmp_path / "one")
     other = memoryview((WEIGHT + 1).tobytes())
     with open_shared(bundle) as held, pytest.raises(BundleError, match=r"has another W than this export.*leave --share-weights out"):
-        held.find("W", sha256_bytes(other), other)
-    wrong = bundle.manifest.weights[0].model_copy(update={"sha256": sha256_bytes(other)})
+        held.find("W", sha256_bytes(bytes(other)), other)
+    wrong = bundle.manifest.weights[0].model_copy(update={"sha256": sha256_bytes(bytes(other))})
     lying = Bundle(bundle.path, bundle.manifest.model_copy(update={"weights": (wrong,)}))
     with open_shared(lying) as held, pytest.raises(BundleError, match="does not hold the W that its manifest lists"):
-        held.find("W", sha256_bytes(other), other)
+        held.find("W", sha256_bytes(bytes(other)), other)
     bundle.weights_path.write_bytes(other)
     with pytest.raises(IntegrityError, match="the manifest says"), open_shared(bundle):
         pass

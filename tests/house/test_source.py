@@ -124,3 +124,19 @@ def test_no_generic_code_names_a_model_family():
         for number, line in enumerate(EXAMPLES.sub("", path.read_text(encoding="utf-8")).splitlines(), 1):
             wrong += [f"{path.relative_to(ROOT)}:{number}: {stem}" for stem in stems if stem in line.lower()]
     assert wrong == []
+
+
+def test_remote_code_is_trusted_by_the_user_alone():
+    """Transformers is told no, or what the user said; only the command line says it for him."""
+    flag, told, entered = "trust_remote_code", [], set()
+    for path in python_files(*FOLDERS):
+        for node in ast.walk(parse(path)):
+            if isinstance(node, ast.keyword) and node.arg == flag:
+                told.append(ast.unparse(node.value))
+            if isinstance(node, ast.Dict) and path.name != "__init__.py":
+                keys = [key.value if isinstance(key, ast.Constant) else None for key in node.keys]
+                told += [ast.unparse(value) for key, value in zip(keys, node.values, strict=True) if key == flag]
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(flag):
+                entered.add(path.relative_to(ROOT).as_posix())
+    assert len(told) >= 6 and set(told) == {"False", "is_trusted()"}
+    assert entered == {"api/cli.py"}

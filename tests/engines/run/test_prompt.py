@@ -186,7 +186,7 @@ def test_processors_that_bring_code_or_are_damaged_are_refused(checkpoint, tmp_p
         values = json.loads((folder / name).read_text())
         values |= {"auto_map": {"AutoProcessor": "evil.Processor"}, "processor_class": "EvilProcessor", "model_type": "evil"}
         (folder / name).write_text(json.dumps(values))
-    with pytest.raises(BundleError, match="cannot be loaded"):
+    with pytest.raises(BundleError, match="would run code of its own"):
         Prompter(folder, GEOMETRY, profile)
     with pytest.raises(BundleError, match="cannot be loaded"):
         Prompter(tmp_path, GEOMETRY, profile)
