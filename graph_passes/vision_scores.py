@@ -67,8 +67,10 @@ class AddVisionScores(ir.passes.InPlacePass):
         build = GraphBuilder(added)
         build.push_module(_SCOPE)
         scores = self._score_columns(build.op, node, form)  # [B, N]
-        if dropped := form.keys - self.geometry.visual_tokens:
-            scores = build.op.Slice(scores, [dropped], [form.keys], [1])
+        assert form.fixed is not None  # noqa: S101 - or it would have been refused
+        keys = form.fixed[1]
+        if dropped := keys - self.geometry.visual_tokens:
+            scores = build.op.Slice(scores, [dropped], [keys], [1])
         for value in list(added.initializers.values()):
             del added.initializers[str(value.name)]
             value.name = f"{_SCOPE}.{value.name}"

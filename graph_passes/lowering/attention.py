@@ -103,7 +103,7 @@ def refuse_kernel(form: AttentionForm) -> str | None:
         if head % 8:
             return f"head size {head} with a single query row is no multiple of 8"
         if isinstance(form.keys, str):
-            return "a single query row over keys whose number varies"
+            return "a single query row over keys whose number varies: the most there may be decides, and no graph says that"
         if (form.keys + head) * form.dtype.itemsize > _ROW_BYTES:
             longest = _ROW_BYTES // int(form.dtype.itemsize) - head
             return f"{form.keys} keys with a single query row, above {longest} for head size {head} in {form.dtype.name.lower()}"

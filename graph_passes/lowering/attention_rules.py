@@ -93,7 +93,8 @@ ATTENTION_RULES: Final = (
         "attention-kernel",
         seen="float32: 1 query row builds, 2 do not; 16 bit: head sizes 9..256 build, 8 and 257 do not (with a boolean mask: multiples of "
         "8 from 16), nor does a single head; one query row: at least 4 heads over the whole batch, head size a multiple of 8 up to 256, "
-        "(keys + head size) x bytes per element <= 48 KiB. 'Attention operation was not supported by a dedicated kernel'",
+        "(keys + head size) x bytes per element <= 48 KiB, for the most "
+        "keys of the range where their number varies. 'Attention operation was not supported by a dedicated kernel'",
         fix=_LOWER,
         find=_find_without_kernel,
     ),

@@ -170,7 +170,8 @@ def test_prune_makes_a_variant_whose_prompts_cost_what_they_are_long(bundle: Pat
     assert [score.variant for score in asked] == ["full", "iwp-22", "iwp-22-dynamic"] and asked[1].agreement == asked[2].agreement
     said = sievert("collect", bundle, "--variant", "iwp-22-dynamic", "--data", data, "--out", tmp_path / "collected")
     assert said.code == 2 and "--static-text" in said.err
-    wide = PromptBatch(*[np.zeros((1, 41), np.int64)] * 5, lengths=(41,), rows=1)
+    ids, image = np.zeros((1, 41), np.int64), np.arange(16)[None]
+    wide = PromptBatch(ids, ids, ids, ids, image, lengths=(41,), rows=1)
     with Pipeline(Bundle.open(bundle), "iwp-22-dynamic") as pipeline, pytest.raises(ProfileError, match="this variant takes 17..40"):
         pipeline.prefill(wide, Features({}))
 

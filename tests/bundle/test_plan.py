@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from pydantic import ValidationError
 
@@ -83,7 +85,7 @@ def test_lengths_of_a_profile() -> None:
 
 @pytest.mark.parametrize("name", ["batch", "decode_batch", "max_text", "max_new_tokens"])
 def test_a_profile_has_no_empty_size(name: str) -> None:
-    sizes = {"visual_tokens": 256, "max_text": 40, "max_new_tokens": 8, name: 0}
+    sizes: dict[str, Any] = {"visual_tokens": 256, "max_text": 40, "max_new_tokens": 8, name: 0}
     with pytest.raises(ProfileError, match=f"{name}=0"):
         Profile(**sizes)
 

@@ -302,3 +302,14 @@ def _open(model: ir.Model) -> Any:
 
 def _zeros(value: ir.Value) -> Any:
     return np.zeros(tuple(value.shape.numpy()), value.dtype.numpy())  # type: ignore[union-attr]
+
+
+def test_one_row_over_keys_whose_number_varies_is_written_out() -> None:
+    """The builder takes it up to a number of keys, which the range it is given decides and the graph does not say."""
+    operands = "float16[2,4,1,16] q, float16[2,2,sequence,16] k, float16[2,2,sequence,16] v, bool[2,1,1,sequence] m"
+    model = parse(f"g ({operands}) => (float16[2,4,1,16] y) {{ y = Attention(q, k, v, m) }}")
+    assert named(model) == {"attention-kernel"}
+    lowered = lower(model, "tensorrt-rtx")
+    assert named(lowered) == set() and all(node.op_type != "Attention" for node in lowered.graph)
+    rows = "float16[2,4,sequence,16] q, float16[2,2,sequence,16] k, float16[2,2,sequence,16] v"
+    assert named(parse(f"g ({rows}) => (float16[2,4,sequence,16] y) {{ y = Attention<is_causal=1>(q, k, v) }}")) == set(), "it has a kernel"

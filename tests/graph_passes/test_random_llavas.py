@@ -6,6 +6,7 @@ Prompts of different lengths in one padded batch, caches that start full of garb
 from __future__ import annotations
 
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,7 +36,7 @@ def make_prompts(exported: Exported, batch: int, seed: int = 0) -> Prompts:
 
 
 def profile_of(exported: Exported, batch: int, **sizes: int) -> Profile:
-    lengths = {"max_text": MAX_TEXT, "max_new_tokens": MAX_NEW, **sizes}
+    lengths: dict[str, Any] = {"max_text": MAX_TEXT, "max_new_tokens": MAX_NEW, **sizes}
     return Profile(batch=batch, decode_batch=batch, visual_tokens=exported.geometry.visual_tokens, **lengths)
 
 

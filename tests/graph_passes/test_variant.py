@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import onnx_ir as ir
 import pytest
 
@@ -30,7 +32,7 @@ def exported(tiny: Tiny) -> Exported:
 
 
 def profile_of(exported: Exported, **sizes: int) -> Profile:
-    lengths = {"batch": 2, "decode_batch": 3, "max_text": 8, "max_new_tokens": 4, **sizes}
+    lengths: dict[str, Any] = {"batch": 2, "decode_batch": 3, "max_text": 8, "max_new_tokens": 4, **sizes}
     return Profile(visual_tokens=exported.geometry.visual_tokens, **lengths)
 
 
