@@ -35,7 +35,7 @@ _VISION: Final = {
 }
 
 
-def make_tiny(family: str, *, layers: int = 6, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
+def make_tiny(family: str, *, layers: int = 5, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
     """A model of ``family`` with random weights: width 64, four heads of 16 over two of keys and values, 96 words."""
     text: dict[str, Any] = {
         "vocab_size": 96,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from typer.testing import CliRunner
 
 from sievert.bundle.names import LOCK
 from sievert.cli import app
+from tests.made_once import made_once
 from tests.tiny_llava import make_tiny_llava
 
 
@@ -76,14 +78,14 @@ def content(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="session")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of what the session shares."""
+    """Folder of what this process's session shares."""
     return tmp_path_factory.mktemp("cli")
 
 
 @pytest.fixture(scope="session")
-def checkpoint(place: Path) -> Path:
-    """A tiny CLIP and Llama."""
-    return make_tiny_llava(place / "checkpoint")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny CLIP and Llama. Not to be changed."""
+    return made_once(tmp_path_factory, "api-checkpoint", make_tiny_llava)
 
 
 @pytest.fixture(scope="session")
@@ -96,12 +98,16 @@ def picture(place: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def exported(checkpoint: Path, place: Path) -> tuple[Path, Outcome]:
+def exported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]:
     """The bundle as ``sievert export`` made it, and what that said. Not to be changed."""
-    bundle = place / "bundle"
-    outcome = sievert("export", checkpoint, bundle, "--keep", "22%", "--max-text", 24, "--max-new-tokens", 8)
-    assert outcome.code == 0, outcome.all
-    return bundle, outcome
+
+    def export(folder: Path) -> None:
+        outcome = sievert("export", checkpoint, folder / "bundle", "--keep", "22%", "--max-text", 24, "--max-new-tokens", 8)
+        assert outcome.code == 0, outcome.all
+        (folder / "said.json").write_text(json.dumps(asdict(outcome)))
+
+    made = made_once(tmp_path_factory, "api-bundle", export)
+    return made / "bundle", Outcome(**json.loads((made / "said.json").read_text()))
 
 
 @pytest.fixture(scope="session")

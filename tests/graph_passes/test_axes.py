@@ -6,6 +6,7 @@ Prompts of different lengths in one padded batch, caches that start full of garb
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -70,10 +71,16 @@ def make_prompts(family: str) -> Prompts:
 
 
 def make(family: str, plan: Plan, *, planes: int = 0) -> dict[str, ir.Model]:
+    """The graphs of a variant, which several tests read. Not to be changed."""
+    return _make(family, plan.model_dump_json(), planes)
+
+
+@cache
+def _make(family: str, plan: str, planes: int) -> dict[str, ir.Model]:
     _, geometry, dynamic = export_tiny(family)
     geometry = geometry.model_copy(update={"visual_planes": planes})
     profile = Profile(batch=BATCH, decode_batch=BATCH, visual_tokens=GRID.tokens, max_text=MAX_TEXT, max_new_tokens=MAX_NEW)
-    return make_variant(dynamic, geometry, plan, profile)
+    return make_variant(dynamic, geometry, Plan.model_validate_json(plan), profile)
 
 
 class Session:

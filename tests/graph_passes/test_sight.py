@@ -30,8 +30,9 @@ from sievert.graph_passes.lengths import Length
 from sievert.graph_passes.prune import add_variant
 from sievert.graph_passes.rows import cut_rows, describe_rows
 from sievert.graph_passes.sight import CAUSAL, Places, Sight, see
-from sievert.parity.check import check
+from sievert.parity.check import check_against
 from sievert.parity.hooks import stop_before
+from sievert.parity.load import load_reference
 from sievert.parity.samples import Sample
 from sievert.parity.verdict import Verdict
 from tests.tiny_families import make_family
@@ -178,11 +179,12 @@ def test_two_cuts_pass_parity_in_a_padded_batch_with_slots_of_their_own(case: Ca
     pictures = rng.integers(0, 256, (2, geometry.image_height, geometry.image_width, 3), np.uint8)
     # Short questions: the first new tokens' windows then reach into what is left of the picture.
     samples = [Sample(Image.fromarray(each), words) for each, words in zip(pictures, ("what", "which digit is red"), strict=True)]
-    report = check(case.bundle, "two", samples=samples, tokens=8)
+    reference = load_reference(case.bundle.manifest)
+    report = check_against(reference, case.bundle, "two", samples=samples, tokens=8)
     assert report.verdict is Verdict.PASS, report.reason
     # As if the first rows had been cut, and not tokens of the picture: what is left of it is nearer then.
     monkeypatch.setattr(Pipeline, "_place", lambda *_: None)
-    assert check(case.bundle, "two", samples=samples, tokens=8).first_failure == "teacher-forced logits"
+    assert check_against(reference, case.bundle, "two", samples=samples, tokens=8).first_failure == "teacher-forced logits"
 
 
 def test_a_causal_layer_needs_no_places() -> None:

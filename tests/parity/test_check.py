@@ -25,7 +25,6 @@ from sievert.bundle.plan import Plan, Stage
 from sievert.bundle.profile import Profile
 from sievert.bundle.store import Bundle
 from sievert.engines.run.prompt import Prompter
-from sievert.exporter.export import export_model
 from sievert.exporter.write import write_bundle
 from sievert.graph_passes.lower import lower
 from sievert.graph_passes.prune import add_variant
@@ -37,15 +36,15 @@ from sievert.parity.reference import Reference
 from sievert.parity.report import Report
 from sievert.parity.samples import Sample, synthetic_samples
 from sievert.parity.verdict import Verdict
-from tests.tiny_llava import make_tiny_llava
+from tests.tiny_llava import export_tiny, make_tiny_llava
 
 PROFILE = Profile(batch=3, decode_batch=2, visual_tokens=16, max_text=20, max_new_tokens=6)
 Edit = Callable[[onnx.ModelProto], None]
 
 
 @pytest.fixture(scope="module")
-def bundle(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    made = write_bundle(export_model(checkpoint("clip-llama")), tmp_path_factory.mktemp("check") / "bundle")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    made = write_bundle(export_tiny("clip-llama")[1], tmp_path_factory.mktemp("check") / "bundle")
     two = (Stage(selector="iwp", layer=1, keep=5, requested="5"), Stage(selector="random", layer=3, keep=4, requested="4"))
     add_variant(made, name="full", plan=Plan(), profile=PROFILE)
     add_variant(made, name="iwp", plan=Plan(stages=two[:1]), profile=PROFILE)
