@@ -10,9 +10,11 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+import sievert
 from benchmarks import formats
 from benchmarks.formats import BASE, FLOAT32, GRAPHS, Model, Row, build, measure, read_weights, render
 from sievert.bundle.errors import CalibrationError, EngineError
+from sievert.bundle.store import Bundle
 
 
 def test_what_is_refused_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,8 +26,8 @@ def test_what_is_refused_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             raise CalibrationError(f"{tmp_path}/collected is of\nanother | model")
         made.append(options["name"])
 
-    monkeypatch.setattr(formats.sievert, "quantise", quantise)
-    monkeypatch.setattr(formats.Bundle, "open", lambda path: path)
+    monkeypatch.setattr(sievert, "quantise", quantise)
+    monkeypatch.setattr(Bundle, "open", lambda path: path)
     monkeypatch.setattr(
         formats, "build", lambda _, variant, graph, form, __: Row(form, graph, 50, 60, 1.0, "" if graph in made else variant)
     )
