@@ -18,7 +18,7 @@ from sievert.graph_passes.lint import lint
 from sievert.graph_passes.lower import lower
 from sievert.graph_passes.variant import make_variant
 from tests.graph_passes.conftest import Tiny
-from tests.graph_passes.llavas import IMAGE, Prompts, Static, assert_close
+from tests.graph_passes.llavas import IMAGE, Array, Prompts, Static, assert_close
 
 MAX_TEXT, BATCH = 9, 2
 
@@ -95,7 +95,7 @@ def test_tensorrt_is_given_the_same_numbers(exported: Exported) -> None:
     rng, visual = np.random.default_rng(0), exported.geometry.visual_tokens
     for length in (visual + 1, visual + 6):
         shapes = {value.name: [length if axis == "sequence" else axis for axis in value.shape] for value in ours.get_inputs()}
-        feeds = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+        feeds: dict[str, Array] = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
         rows = np.broadcast_to(np.arange(length), (BATCH, length))
         feeds |= {"position_ids": rows, "attention_mask": np.ones_like(rows), "visual_index": rows[:, :visual]}
         for found, expected in zip(ours.run(None, feeds), theirs.run(None, feeds), strict=True):
