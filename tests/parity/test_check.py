@@ -183,7 +183,7 @@ def test_an_engine_that_shows_nothing_inside_is_judged_by_what_it_keeps(
 ) -> None:
     from sievert.engines.run.pipeline import Pipeline
 
-    def unexposed(bundle: Bundle, variant: str, engine: str, *, lowered_for: str) -> Any:
+    def unexposed(bundle: Bundle, variant: str, engine: str, *, lowered_for: str, low_memory: bool) -> Any:
         return Pipeline(bundle, variant, engine, lowered_for=lowered_for), False
 
     monkeypatch.setattr(check_module, "open_pipeline", unexposed)
