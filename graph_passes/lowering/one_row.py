@@ -43,9 +43,9 @@ class GroupQueryHeads(ir.passes.InPlacePass):
 
 
 def _can_group(node: ir.Node, form: AttentionForm) -> bool:
-    """Whether one row of several heads meets each kv head, every head sees the same keys, and nothing else is asked for."""
+    """Whether one row of several heads meets each kv head, all see the same keys, their number is fixed, and nothing else is asked for."""
     alone = all(value is None for value in node.inputs[4:]) and len(node.outputs) == 1 and not form.flat and not form.causal
-    grouped = form.query == 1 and form.heads > form.kv_heads
+    grouped = form.query == 1 and form.heads > form.kv_heads and isinstance(form.keys, int)
     shape = form.mask_shape
     return alone and grouped and (form.mask is None or (len(shape) == 4 and shape[1:3] == (1, 1) and shape[3] == form.keys))
 

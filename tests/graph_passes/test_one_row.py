@@ -75,6 +75,14 @@ def test_heads_stay_apart_where_they_must(model: ir.Model):
     assert not result.modified and (run(result.model) == before).all()
 
 
+def test_heads_stay_apart_where_the_number_of_keys_varies():
+    model = make()
+    for value in model.graph.inputs:
+        if value.name in ("k", "v", "seen") and value.shape is not None:
+            value.shape = ir.Shape(["sequence" if size == KEYS else size for size in value.shape.numpy()])
+    assert not GroupQueryHeads()(model).modified
+
+
 def test_products_of_several_rows_stay():
     assert not FlattenBiased()(make(rows=2, mask=(2, 1, 2, KEYS))).modified
 
