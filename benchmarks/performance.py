@@ -1,4 +1,4 @@
-"""How close to the limit: `python benchmarks/performance.py [--only ROW] [--layers N] [--rounds N]`.
+"""How close to the limit: `python benchmarks/performance.py [--only ROW] [--layers N] [--rounds N] [--seconds N]`.
 
 The reference work is Qwen2-0.5B's decoder shape with random weights, 576 visual and 40 text tokens, float32, one cut by IWP before layer
 4, in ONNX Runtime on the CPU. Every ratio is taken in interleaved pairs; a row is met where the whole 95 % interval of its median ratio
@@ -41,6 +41,7 @@ MEASURED: Final = (
 LAYERS: Final = 24
 VOCABULARY: Final = 151936
 FEWEST: Final = 15
+SECONDS: Final = 120.0
 
 
 def select_rows(case: Case) -> list[Row]:
@@ -153,14 +154,14 @@ def write_table(rows: Sequence[Row], case: Case) -> None:
         "",
         "Written by `make performance`; do not edit. Random weights in Qwen2-0.5B's decoder shape (24 layers, width 896, 14/2 heads,",
         f"MLP 4864, vocabulary {VOCABULARY}), {VISUAL} visual and {TEXT} text tokens, one cut by IWP before layer {LAYER}, float32,",
-        f"batch 1, ONNX Runtime, {case.threads} threads. Each ratio is the median of {case.rounds} interleaved pairs, with the 95 %",
+        f"batch 1, ONNX Runtime, {case.threads} threads. Each ratio is the median of interleaved pairs, with the 95 %",
         "interval of the sign test; a row is met where the whole interval lies on the right side of the target. PyTorch computes one",
         "row of logits. Bound: the same front and tail with the kept tokens given. Memory, builds and larger models: elsewhere.",
         "",
         f"Code measured: `{hash_code(MEASURED)}`. Machine: {describe_machine()}.",
         "",
-        "| what | ratio | 95 % interval | target | met | |",
-        "|---|---|---|---|---|---|",
+        "| what | ratio | 95 % interval | pairs | target | met | |",
+        "|---|---|---|---|---|---|---|",
         *(row.line() for row in rows),
     ]
     (ROOT / "docs" / "performance.md").write_text("\n".join(lines) + "\n")
@@ -174,6 +175,7 @@ class Options:
     layers: int
     vocabulary: int
     rounds: int
+    seconds: float
     threads: int
     processor_time: bool
     work: str
@@ -186,13 +188,15 @@ def read_options() -> Options:
     parser.add_argument("--layers", type=int, default=LAYERS, help="a shallower decoder, to try it; writes nothing")
     parser.add_argument("--vocabulary", type=int, default=VOCABULARY, help="a smaller one, to try it; writes nothing")
     parser.add_argument("--rounds", type=int, default=FEWEST, help=f"interleaved pairs; fewer than {FEWEST} write nothing")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="more pairs are taken until a comparison took so long")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of every engine")
     parser.add_argument("--processor-time", action="store_true", help="for a busy machine, best with --threads 1; writes nothing")
     parser.add_argument("--work", default="", help="folder of the models, which stay there; default: one that is removed")
     found = parser.parse_args()
     if found.layers < 2:
         parser.error(f"--layers {found.layers}: a cut needs a layer on either side")
-    return Options(tuple(found.only or ROWS), found.layers, found.vocabulary, found.rounds, found.threads, found.processor_time, found.work)
+    sizes = (found.layers, found.vocabulary, found.rounds, found.seconds, found.threads)
+    return Options(tuple(found.only or ROWS), *sizes, found.processor_time, found.work)
 
 
 def main() -> None:
@@ -200,7 +204,7 @@ def main() -> None:
     options = read_options()
     with tempfile.TemporaryDirectory() as temporary:
         clock = time.process_time if options.processor_time else time.perf_counter
-        sizes = (options.layers, options.vocabulary, options.rounds, options.threads)
+        sizes = (options.layers, options.vocabulary, options.rounds, options.seconds, options.threads)
         case = Case(Path(options.work or temporary), *sizes, clock, make_reference)
         rows = []
         for name in options.only:

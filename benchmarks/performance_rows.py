@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.performance_model import Reference
-from sievert.engines.run.timing import Ratio, compare, take_turns
+from sievert.engines.run.timing import FEWEST_ROUNDS, Ratio, compare, take_turns
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class Row:
     def line(self) -> str:
         """The row as Markdown."""
         ratio, met = self.ratio, {True: "yes", False: "no", None: ""}[self.met]
-        return f"| {self.what} | {ratio.median:.3f} | {ratio.low:.3f} to {ratio.high:.3f} | {self.target} | {met} | {self.note} |"
+        interval = f"{ratio.low:.3f} to {ratio.high:.3f}"
+        return f"| {self.what} | {ratio.median:.3f} | {interval} | {ratio.pairs} | {self.target} | {met} | {self.note} |"
 
 
 def judge(what: str, own: Sequence[float], other: Sequence[float], *, at_most: float = 0.0, at_least: float = 0.0, note: str = "") -> Row:
@@ -38,12 +40,16 @@ def judge(what: str, own: Sequence[float], other: Sequence[float], *, at_most: f
 
 @dataclass
 class Case:
-    """Sizes of a run, and the reference models it has made so far. ``make`` is :func:`make_reference`."""
+    """Sizes of a run, and the reference models it has made so far. ``make`` is :func:`make_reference`.
+
+    A comparison takes ``rounds`` rounds, and more until it took ``seconds``: what is short is disturbed more, and cheap to repeat.
+    """
 
     folder: Path
     layers: int
     vocabulary: int
     rounds: int
+    seconds: float
     threads: int
     clock: Callable[[], float]
     make: Callable[..., Reference]
@@ -51,7 +57,14 @@ class Case:
 
     def take_turns(self, arms: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
         """Seconds of each arm in each round."""
-        return take_turns(arms, self.rounds, clock=self.clock)
+        start = time.perf_counter()
+        taken = take_turns(arms, self.rounds, clock=self.clock)
+        elapsed = time.perf_counter() - start
+        more = int((self.seconds - elapsed) / elapsed * self.rounds)
+        if more >= FEWEST_ROUNDS:
+            for name, times in take_turns(arms, more, warm_up=0, clock=self.clock).items():
+                taken[name] += times
+        return taken
 
     def reference(self, kv_heads: int = 2) -> Reference:
         """The reference model with this many key heads, made once."""
