@@ -95,7 +95,7 @@ def _builds():
             yield pytest.param(name, options, ir.DataType.FLOAT, FULL_SIZE)
 
 
-@pytest.mark.parametrize(("name", "options", "dtype", "size"), _builds())
+@pytest.mark.parametrize(("name", "options", "dtype", "size"), list(_builds()))
 def test_builds_in_tensorrt_for_rtx_without_a_gpu(name, options, dtype, size):
     rtx = pytest.importorskip("tensorrt_rtx")
     logger = rtx.Logger(rtx.Logger.ERROR)
