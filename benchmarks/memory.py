@@ -262,7 +262,8 @@ def measure(shape: str, layers: int, work: Path, only: Sequence[str]) -> list[Ro
     if "rtx" in only:
         path = run_job("lower", str(bundle)).said
         engine = work / "prefill.engine"
-        built = watch(["-m", "sievert.engines.build.worker", "tensorrt_rtx", path, str(engine)])
+        lengths = ("1", "1")  # not read: all sizes are fixed
+        built = watch(["-m", "sievert.engines.build.worker", "tensorrt_rtx", path, str(engine), *lengths])
         outcome = json.loads(built.said)
         size = f"{engine.stat().st_size / GIB:.2f} GiB" if "built" in outcome else outcome["failed"]
         Path(path).unlink()
