@@ -52,13 +52,11 @@ SomeEngines = Annotated[list[str] | None, Option("--engine", metavar="NAME", hel
 RawPrompt = Annotated[bool, Option("--raw-prompt", help="Prompts are the model's whole input: no chat template.")]
 
 # export and prune-onnx
-MaxText = Annotated[int, Option("--max-text", metavar="N", help="Tokens of a prompt beside the image's.", rich_help_panel=SIZES)]
 MaxNewTokens = Annotated[int, Option("--max-new-tokens", metavar="N", help="Tokens of an answer.", rich_help_panel=SIZES)]
 Batch = Annotated[int, Option("--batch", metavar="N", help="Prompts read at once.", rich_help_panel=SIZES)]
 DecodeBatch = Annotated[
     int | None, Option("--decode-batch", metavar="N", help="Answers written at once. Default: as --batch.", rich_help_panel=SIZES)
 ]
-Images = Annotated[int, Option("--images", metavar="N", help="Images in each prompt.", rich_help_panel=SIZES)]
 
 # export and prune
 Layers = Annotated[

@@ -57,7 +57,12 @@ SampleImages = Annotated[
         rich_help_panel=SIZES,
     ),
 ]
-
+DynamicText = Annotated[
+    bool,
+    Option(
+        "--dynamic-text", help="Prompts cost what they are long: --max-text only limits them. All else stays fixed.", rich_help_panel=SIZES
+    ),
+]
 ShareWeights = Annotated[
     str,
     Option(
@@ -77,12 +82,6 @@ SamplePrompts = Annotated[
         help="A question as they will be: --max-text is what it takes in the model's template, rounded up to a multiple of 16. "
         "May be repeated: the longest counts.",
         rich_help_panel=SIZES,
-    ),
-]
-DynamicText = Annotated[
-    bool,
-    Option(
-        "--dynamic-text", help="Prompts cost what they are long: --max-text only limits them. All else stays fixed.", rich_help_panel=SIZES
     ),
 ]
 

@@ -11,6 +11,7 @@ from rich.markup import escape
 from typer import Argument, Option
 
 from sievert import arguments as a
+from sievert.arguments import SIZES
 from sievert.console import Screen
 
 if TYPE_CHECKING:
@@ -27,18 +28,19 @@ class TargetName(StrEnum):
     tensorrt = "tensorrt"
 
 
-_SIZE = "Sizes the graphs are made for"
+MaxText = Annotated[int, Option("--max-text", metavar="N", help="Tokens of a prompt beside the image's.", rich_help_panel=SIZES)]
+Images = Annotated[int, Option("--images", metavar="N", help="Images in each prompt.", rich_help_panel=SIZES)]
 Prefill = Annotated[Path, Argument(metavar="PREFILL", help="A decoder as ONNX, of any length.", show_default=False)]
 Decode = Annotated[
     str, Argument(metavar="[DECODE]", help="The tool's own decode graph: only checked to be the same decoder.", show_default=False)
 ]
 OutFolder = Annotated[str, Option("--out", metavar="DIR", help="Folder to make.", show_default=False)]
 VisualTokens = Annotated[
-    int, Option("--visual-tokens", metavar="N", min=1, help="Visual tokens of one image.", rich_help_panel=_SIZE, show_default=False)
+    int, Option("--visual-tokens", metavar="N", min=1, help="Visual tokens of one image.", rich_help_panel=SIZES, show_default=False)
 ]
 Grid = Annotated[
     str,
-    Option("--grid", metavar="RxC", help="Rows and columns of an image's patches, if you know.", rich_help_panel=_SIZE, show_default=False),
+    Option("--grid", metavar="RxC", help="Rows and columns of an image's patches, if you know.", rich_help_panel=SIZES, show_default=False),
 ]
 TargetOption = Annotated[TargetName, Option("--target", help="What the graphs are written for.")]
 Check = Annotated[bool, Option("--check", help="Compare with PREFILL in ONNX Runtime, where every token is kept.")]
@@ -55,11 +57,11 @@ def prune_onnx(
     option: a.SelectorOptions = None,
     positions: a.Positions = None,
     plan: a.PlanFile = "",
-    max_text: a.MaxText = 128,
+    max_text: MaxText = 128,
     max_new_tokens: a.MaxNewTokens = 128,
     batch: a.Batch = 1,
     decode_batch: a.DecodeBatch = None,
-    images: a.Images = 1,
+    images: Images = 1,
     grid: Grid = "",
     target: TargetOption = TargetName.onnxruntime,
     check: Check = False,

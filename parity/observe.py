@@ -11,6 +11,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from sievert.bundle.store import Bundle
+from sievert.engines.run.base import Runtime
 from sievert.engines.run.files import find_model
 from sievert.engines.run.pipeline import GRAPHS, Pipeline
 from sievert.engines.run.prompt import PromptBatch
@@ -47,10 +48,7 @@ class Observation:
 
 
 def open_pipeline(bundle: Bundle, variant: str, engine: str, *, lowered_for: str = "", low_memory: bool = False) -> tuple[Pipeline, bool]:
-    """The variant's graphs on ``engine``, its inner values exposed where the engine reads ONNX; and whether they are.
-
-    On the CPU, graphs in bfloat16 that were lowered for another engine, or for none, are emulated.
-    """
+    """The variant's graphs on ``engine``, its inner values exposed where the engine reads ONNX; and whether they are."""
     runtime = find_runtime(engine, low_memory=low_memory)
     if not runtime.reads_onnx:
         return Pipeline(bundle, variant, runtime, lowered_for=lowered_for), False
@@ -61,14 +59,21 @@ def open_pipeline(bundle: Bundle, variant: str, engine: str, *, lowered_for: str
             names += [scores_name(number), order_name(number)]
     graphs = {}
     for graph in GRAPHS:
-        model = ir.load(find_model(bundle, variant, graph, runtime, lowered_for).path)
-        emulated = runtime.name == "onnxruntime" and EmulateBfloat16()(model).modified
+        model, emulated = read_graph(bundle, variant, graph, runtime, lowered_for)
         if graph == "prefill" and names:
             model = expose(model, names)
         elif not emulated:
             continue
         graphs[graph] = to_bytes(model)
     return Pipeline(bundle, variant, runtime, lowered_for=lowered_for, graphs=graphs), True
+
+
+def read_graph(bundle: Bundle, variant: str, graph: str, runtime: Runtime, lowered_for: str) -> tuple[ir.Model, bool]:
+    """A graph as ``runtime`` would load it, and whether it was changed: on the CPU, one in bfloat16 that was lowered for another engine,
+    or for none, is emulated.
+    """
+    model = ir.load(find_model(bundle, variant, graph, runtime, lowered_for).path)
+    return model, runtime.name == "onnxruntime" and EmulateBfloat16()(model).modified
 
 
 def observe_prefill(pipeline: Pipeline, batch: PromptBatch, *, exposed: bool) -> Observation:

@@ -19,13 +19,12 @@ from sievert.bundle.errors import GraphError
 from sievert.bundle.specs import TensorSpec
 from sievert.bundle.store import Bundle
 from sievert.engines.run.base import Cache, ModelFile, Session
-from sievert.engines.run.files import find_model
 from sievert.engines.run.memory import Memory
 from sievert.engines.run.ort import OnnxRuntime
 from sievert.engines.run.pipeline import GRAPHS, Pipeline
 from sievert.engines.run.prompt import PromptBatch
 from sievert.graph_passes.expose import to_bytes
-from sievert.graph_passes.lowering.widen import EmulateBfloat16
+from sievert.parity.observe import read_graph
 from sievert.parity.verdict import Difference, StageResult, Verdict
 
 STAGE: Final = "activation scales"
@@ -105,8 +104,7 @@ def judge_scales(
     percentile = 100.0 if precision is None or precision.calibration == "max" else float(precision.calibration.rpartition(" ")[2])
     runtime, scales, graphs = _Probing(), list[Scale](), dict[str, bytes]()
     for graph in GRAPHS:
-        model = ir.load(find_model(bundle, variant, graph, runtime, lowered_for).path)
-        emulated = EmulateBfloat16()(model).modified
+        model, emulated = read_graph(bundle, variant, graph, runtime, lowered_for)
         found = add_probes(model, graph, percentile)
         scales += found
         if found or emulated:

@@ -11,6 +11,7 @@ from onnxscript import GraphBuilder
 from sievert.graph_passes.flops import count_flops
 from sievert.graph_passes.lower import lower
 from sievert.graph_passes.lowering.blocks import SplitCausalAttention
+from tests.graph_passes.random_run import run
 
 BATCH, HEADS, GROUPS, SIZE = 2, 6, 2, 16
 
@@ -28,13 +29,6 @@ def make(
     model = ir.Model(build.graph, ir_version=11)
     ir.passes.common.ShapeInferencePass()(model)
     return model
-
-
-def run(model: ir.Model) -> np.ndarray:
-    session, rng = ort.InferenceSession(ir.to_proto(model).SerializeToString()), np.random.default_rng(0)
-    kinds = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
-    feeds = {value.name: rng.standard_normal(value.shape).astype(kinds[value.type]) for value in session.get_inputs()}
-    return np.asarray(session.run(None, feeds)[0])
 
 
 def count(model: ir.Model) -> int:

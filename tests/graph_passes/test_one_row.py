@@ -6,12 +6,12 @@ from collections import Counter
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime as ort
 import pytest
 from onnxscript import GraphBuilder
 
 from sievert.graph_passes.lower import lower
 from sievert.graph_passes.lowering.one_row import FlattenBiased, GroupQueryHeads, MergeReshapes
+from tests.graph_passes.random_run import run
 
 KV_HEADS, SIZE, KEYS = 2, 16, 40
 
@@ -35,15 +35,6 @@ def make(*, heads: int = 6, rows: int = 1, batch: int = 2, mask: tuple[int, ...]
     model = ir.Model(build.graph, ir_version=11)
     ir.passes.common.ShapeInferencePass()(model)
     return model
-
-
-def run(model: ir.Model) -> np.ndarray:
-    session, rng = ort.InferenceSession(ir.to_proto(model).SerializeToString()), np.random.default_rng(0)
-    feeds = {}
-    for value in session.get_inputs():
-        found = rng.standard_normal(value.shape).astype(np.float32)
-        feeds[value.name] = found > -0.5 if value.type == "tensor(bool)" else found
-    return np.asarray(session.run(None, feeds)[0])
 
 
 def count(model: ir.Model) -> Counter[str]:
