@@ -62,7 +62,8 @@ def quantise(
     and refused with the rest:
 
     Weights have a scale per output channel, in ``int4`` one per ``block`` (32 or 128) inputs. Activations have one per tensor: of their
-    largest value in the data, or with ``calibration="percentile"`` of that ``percentile`` of their magnitudes. ``collection`` is what
+    largest value in the data, or with ``calibration="percentile"`` of that ``percentile`` of their magnitudes, except where that would cut
+    a value by more than a fifth. ``collection`` is what
     :func:`sievert.collect` stored of this very variant, by default ``BUNDLE-calibration`` beside the bundle; formats of weights alone read
     none. The projections that a selector reads stay as they are unless ``quantise_selector``, the product that makes the logits unless
     ``quantise_head``, every weight whose name holds one of ``keep_high``, and the ``keep_worst`` layers that lose most in the report

@@ -108,6 +108,9 @@ def quantised_lines(made: QuantisedVariant) -> list[str]:
         lines.append(f"caches in {precision.caches}: {sizes[0]}, before {sizes[1]}")
     if precision.calibration:
         lines.append(f"scales of activations: {precision.calibration} over {precision.samples} samples, one per tensor")
+    if precision.unclipped:
+        share = f"in front of {len(precision.unclipped)} of {count} weights"
+        lines.append(f"{share} there are outliers that a percentile would cut off: the scale there is of the largest value")
     if (sixteen or precision.caches == "float16") and not any("/" in name for name in precision.kept):
         lines.append(f"no tensor overflows over {precision.samples} samples")
     for reason, names in group_kept(precision.kept).items():

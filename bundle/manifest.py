@@ -89,7 +89,8 @@ class Precision(Record):
     ``base`` is the variant they were made from, ``format`` the number format (a key of ``sievert.calibration.numbers.FORMATS``, a 16-bit
     type, or the model's own type where only caches were narrowed). ``caches`` is the type of the key and value caches where it is not that
     of the graphs, else empty. ``block`` says how many weights along K share a scale (0: each output channel has one). ``calibration`` says
-    how the scales of activations were chosen, empty where they are not quantised; ``data`` is the seal of the collection they come from,
+    how the scales of activations were chosen, empty where they are not quantised, and ``unclipped`` names the weights whose activation has
+    its largest value for a scale where a percentile would have cut off outliers. ``data`` is the seal of the collection they come from,
     ``samples`` its size, ``random`` whether nobody ever asked these questions. ``kept`` are weights that stay as they were, each with the
     reason; tensors are ``GRAPH/TENSOR``.
     """
@@ -99,6 +100,7 @@ class Precision(Record):
     caches: str = ""
     block: int = 0
     calibration: str = ""
+    unclipped: tuple[str, ...] = ()
     data: str = ""
     samples: int = 0
     random: bool = False

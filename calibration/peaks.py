@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from collections.abc import Collection as Names
 from dataclasses import dataclass, field
+from typing import Final
 
 import numpy as np
 import onnx_ir as ir
@@ -23,6 +24,8 @@ from sievert.graph_passes.quantise import find_linears
 
 _CHUNK_BYTES = 256 << 20
 _ENGINE = "onnxruntime"
+_LEAST: Final = 0.8
+"""The part of a value that may be left of it."""
 
 
 @dataclass
@@ -38,9 +41,23 @@ class Peak:
         self.largest = np.partition(both, -self.count)[-self.count :] if len(both) > self.count else both
 
     @property
-    def magnitude(self) -> float:
-        """The percentile: the least of the values kept, the largest one where only that was."""
+    def most(self) -> float:
+        """The largest magnitude, 0 where there was none."""
+        return float(self.largest.max(initial=0.0))
+
+    @property
+    def percentile(self) -> float:
+        """The least of the values kept, the largest one where only that was."""
         return float(self.largest.min()) if len(self.largest) else 0.0
+
+    @property
+    def outliers(self) -> bool:
+        """Whether a scale of the percentile would cut a value by more than a fifth.
+
+        Few activations of a decoder are far larger than the others, and the model relies on them (https://arxiv.org/abs/2208.07339,
+        https://arxiv.org/abs/2402.17762). Least squares do not keep them: what the others gain in finer steps outweighs them in sum.
+        """
+        return self.percentile < _LEAST * self.most
 
 
 def measure_peaks(
@@ -50,11 +67,12 @@ def measure_peaks(
     *,
     percentile: float = 100.0,
     progress: Callable[[str], None] = lambda _: None,
-) -> dict[str, float]:
-    """The magnitude that ``percentile`` % of what each weight in ``names`` is multiplied with stay within, by the weight's name.
+) -> dict[str, Peak]:
+    """The largest magnitudes of what each weight in ``names`` is multiplied with, as many as lie outside ``percentile`` %, by the
+    weight's name.
 
-    One number for all graphs and instances: what prefill and decode feed to one projection has one scale, and so has what several
-    projections share. 100 is the largest value. ``models`` are the graphs the data was collected from.
+    One for all graphs and instances: what prefill and decode feed to one projection has one scale, and so has what several
+    projections share. 100 keeps the largest value alone. ``models`` are the graphs the data was collected from.
 
     Raises:
         CalibrationError: a sample gave NaN or infinity, named.
@@ -86,7 +104,7 @@ def measure_peaks(
         for value in fed:
             for run, feed in enumerate(collection.feeds(graph)):
                 _take(peaks[group[values[value][0]]], feed[str(value.name)], collection, graph, run)
-    return {name: peaks[key].magnitude for name, key in group.items()}
+    return {name: peaks[key] for name, key in group.items()}
 
 
 def _activations(model: ir.Model, names: Names[str]) -> dict[ir.Value, list[str]]:

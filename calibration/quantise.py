@@ -30,7 +30,8 @@ _NOTHING: Final = np.zeros(0, np.float32)
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is quantised, and how. ``percentile`` of the activations' magnitudes stay within their scale, 100 is the largest one.
+    """What is quantised, and how. ``percentile`` of the activations' magnitudes stay within their scale, 100 is the largest one; an
+    activation with outliers keeps the largest one (:meth:`sievert.calibration.peaks.Peak.outliers`).
 
     ``selector`` quantises the projections that selectors read too, ``head`` the one that makes the logits. ``keep`` are parts of names of
     weights that stay as they are, each with the reason.
@@ -107,7 +108,7 @@ def quantise_variant(
     data = _require_data(recipe, collection, base, random=random)
     models = {graph: ir.load(bundle.graph_file(graph, variant=base)) for graph in variant.graphs}
     chosen, kept = choose_weights(models, recipe)
-    scales = measure_scales(models, chosen, recipe, data, progress=progress)
+    scales, unclipped = measure_scales(models, chosen, recipe, data, progress=progress)
     with bundle.step(command) as step:
         own, made = WeightsFile(step.manifest), dict[str, Quantised]()
         progress("quantising the weights")
@@ -133,6 +134,7 @@ def quantise_variant(
             caches="" if caches is None else caches.dtype,
             block=recipe.block,
             calibration=recipe.calibration,
+            unclipped=unclipped,
             data="" if used is None else used.info.seal,
             samples=0 if used is None else len(used.info.samples),
             random=used is not None and used.random,
@@ -213,14 +215,18 @@ def _keep(linear: Linear, recipe: Recipe, read: frozenset[str]) -> str:
 
 def measure_scales(
     models: Mapping[str, ir.Model], chosen: Mapping[str, Linear], recipe: Recipe, data: Collection | None, *, progress: Progress
-) -> dict[str, float]:
-    """The scale of what each chosen weight is multiplied with; none where the format leaves activations alone."""
+) -> tuple[dict[str, float], tuple[str, ...]]:
+    """The scale of what each chosen weight is multiplied with, none where the format leaves activations alone; and the weights whose
+    activation has its largest value for a scale though a percentile was asked for.
+    """
     if data is None:
-        return {}
+        return {}, ()
     peaks = measure_peaks(data, models, chosen.keys(), percentile=recipe.percentile, progress=progress)
     dtype = next(iter(chosen.values())).activation.dtype or ir.DataType.FLOAT
+    reach = {name: peak.most if peak.outliers else peak.percentile for name, peak in peaks.items()}
     # As the graph will hold it, so that equal peaks stay equal.
-    return {name: float(scale_of(peak, recipe.format, dtype.numpy())) for name, peak in peaks.items()}
+    scales = {name: float(scale_of(each, recipe.format, dtype.numpy())) for name, each in reach.items()}
+    return scales, tuple(sorted(name for name, peak in peaks.items() if peak.outliers))
 
 
 def quantise_linear(linear: Linear, recipe: Recipe) -> Quantised:

@@ -87,7 +87,7 @@ def measure_sensitivity(
     collection.require_use(variant, random=random)
     models = {graph: ir.load(bundle.graph_file(graph, variant=variant)) for graph in entry.graphs}
     chosen, _ = choose_weights(models, recipe)
-    scales = measure_scales(models, chosen, recipe, collection if recipe.format.activations else None, progress=progress)
+    scales, _ = measure_scales(models, chosen, recipe, collection if recipe.format.activations else None, progress=progress)
     runs = max(1, min(collection.count("prefill"), -(-samples // bundle.variant(variant).profile.batch)))
     chain = _Chain(collection, {graph: models[graph] for graph in _CHAIN}, runs)
     progress("running without quantisation")

@@ -7,7 +7,7 @@ is too small cuts values off; the tolerances of a whole model are too wide to te
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -94,7 +94,7 @@ def judge_scales(
     """Every activation scale of a variant: its limit is at most ``tolerance`` times the magnitude it was chosen for, and at least a
     ``tolerance``-th of it.
 
-    The magnitude is that of the variant's calibration (the largest, or a percentile) over prefill of ``batches`` and one step of decode.
+    The magnitude is that of the variant's calibration (the largest, or a percentile where the manifest does not name an exception) over prefill of ``batches`` and one step of decode.
 
     Raises:
         GraphError: a quantiser in a type or with a scale that is not known.
@@ -102,10 +102,11 @@ def judge_scales(
     """
     precision = bundle.variant(variant).precision
     percentile = 100.0 if precision is None or precision.calibration == "max" else float(precision.calibration.rpartition(" ")[2])
+    unclipped = frozenset(() if precision is None else precision.unclipped)
     runtime, scales, graphs = _Probing(), list[Scale](), dict[str, bytes]()
     for graph in GRAPHS:
         model, emulated = read_graph(bundle, variant, graph, runtime, lowered_for)
-        found = add_probes(model, graph, percentile)
+        found = add_probes(model, graph, percentile, unclipped)
         scales += found
         if found or emulated:
             graphs[graph] = to_bytes(model)
@@ -134,8 +135,9 @@ def _judge(weight: str, limit: float, size: float, tolerance: float) -> StageRes
     return StageResult(STAGE, weight, Verdict.FAIL if note else Verdict.PASS, difference, note)
 
 
-def add_probes(model: ir.Model, graph: str, percentile: float) -> list[Scale]:
-    """Let a graph give, for every activation it quantises, the magnitude that ``percentile`` of its values stay within.
+def add_probes(model: ir.Model, graph: str, percentile: float, unclipped: Collection[str] = ()) -> list[Scale]:
+    """Let a graph give, for every activation it quantises, the magnitude that ``percentile`` of its values stay within; the largest one
+    where it is multiplied with a weight in ``unclipped``.
 
     Raises:
         GraphError: a quantiser in a type or with a scale that is not known.
@@ -146,10 +148,12 @@ def add_probes(model: ir.Model, graph: str, percentile: float) -> list[Scale]:
         tensor, kind = None if scale is None else scale.const_value, node.outputs[0].dtype
         if activation is None or activation.shape is None or tensor is None or tensor.size != 1 or kind not in _LARGEST:
             raise GraphError(f"QuantizeLinear node {node.name!r} of {graph} has no single scale, or codes of {kind}")
-        above = int(math.prod(activation.shape.numpy()) * (1 - percentile / 100))
+        weight = _weight_of(node)
+        share = 100.0 if weight in unclipped else percentile
+        above = int(math.prod(activation.shape.numpy()) * (1 - share / 100))
         name = f"{_PROBE}{graph}.{number}"
         _probe(model.graph, activation, max(1, above), name)
-        scales.append(Scale(_weight_of(node), float(tensor.numpy().item()) * _LARGEST[kind], name, percentile == 100 or above > 0))
+        scales.append(Scale(weight, float(tensor.numpy().item()) * _LARGEST[kind], name, share == 100 or above > 0))
     return scales
 
 

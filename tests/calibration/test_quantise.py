@@ -87,7 +87,7 @@ def test_options_reach_the_graphs(made: Path, collected: Collection, bundle: Pat
     made_by: dict[str, Any] = {
         "all": {"quantise_selector": True, "quantise_head": True},
         "kept": {"keep_high": ["mlp"]},
-        "percentile": {"calibration": "percentile", "percentile": 90.0},
+        "percentile": {"calibration": "percentile", "percentile": 99.8},
         "wide": {"format": "int4", "block": 128},
     }
     opened = Bundle.open(bundle)
@@ -109,21 +109,26 @@ def test_options_reach_the_graphs(made: Path, collected: Collection, bundle: Pat
     assert precision["wide"] is not None and precision["wide"].kept["model.language_model.layers.0.mlp.up_proj.weight.T"] == (
         "its 64 inputs are no multiple of the block of 128"
     )
-    assert precision["percentile"] is not None and precision["percentile"].calibration == "percentile 90"
+    assert precision["percentile"] is not None and precision["percentile"].calibration == "percentile 99.8"
 
     def scales(variant: str) -> dict[str, float]:
         graph = ir.load(opened.graph_file("decode", variant=variant)).graph
         return {str(node.inputs[1].name): float(node.inputs[1].const_value.numpy()) for node in graph if node.op_type == "QuantizeLinear"}  # type: ignore[union-attr]
 
-    largest, ninety = scales("all"), scales("percentile")
-    assert all(ninety[name] < largest[name] for name in ninety)
+    largest, within = scales("all"), scales("percentile")
+    assert all(0.79 * largest[name] < within[name] <= largest[name] for name in within)
+    clipped = sum(within[name] < largest[name] for name in within)
+    # Layer 2's and layer 3's q, k and v read an activation with outliers (the weights are random, the seed is not).
+    whole = {weight.split(".")[3] for weight in precision["percentile"].unclipped if "q_proj" in weight}
+    assert 0 < clipped < len(within) and whole == {"2", "3"}
 
 
 def test_peaks_are_exact_and_shared(collected: Collection):
     bundle = collected.bundle
     models = {graph: ir.load(bundle.graph_file(graph, variant="iwp-22")) for graph in ("prefill", "decode")}
     names = [f"model.language_model.layers.0.{part}.weight.T" for part in ("self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj")]
-    found = {share: measure_peaks(collected, models, names, percentile=share) for share in (100.0, 99.0)}
+    peaks = {share: measure_peaks(collected, models, names, percentile=share) for share in (100.0, 99.0)}
+    found = {share: {name: peak.percentile for name, peak in each.items()} for share, each in peaks.items()}
     values = []
     for graph, model in models.items():
         linear = next(each for each in find_linears(model) if each.name == names[0])
@@ -137,7 +142,7 @@ def test_peaks_are_exact_and_shared(collected: Collection):
     peak = Peak(3)
     peak.add(np.array([1, -9, 2, 5], np.float32))
     peak.add(np.array([-7], np.float32))
-    assert sorted(peak.largest) == [5, 7, 9] and peak.magnitude == 5
+    assert sorted(peak.largest) == [5, 7, 9] and (peak.most, peak.percentile, peak.outliers) == (9, 5, True)
 
 
 def test_check_judges_codes_and_tells_pruning_from_quantising(quantised: Path, tmp_path: Path):
