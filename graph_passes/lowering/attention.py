@@ -12,6 +12,7 @@ from typing import Final
 import onnx_ir as ir
 
 _FLOAT: Final = ir.DataType.FLOAT
+_CARRIED: Final = ("scale", "softmax_precision", "softcap")
 _HALF: Final = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 _LARGEST_HEAD: Final = 256
 # One query row: its keys' scores and the row itself must fit the shared memory of a block (exact for every head size tried).
@@ -86,6 +87,11 @@ def read_attention(node: ir.Node) -> AttentionForm | None:
         softcap=node.attributes.get_float("softcap", 0.0),
         mask=mask,
     )
+
+
+def read_options(node: ir.Node) -> dict[str, float | int]:
+    """What an Attention node has by its attributes that one over other rows and heads, with a mask of its own, must have too."""
+    return {name: node.attributes[name].value for name in _CARRIED if name in node.attributes}
 
 
 def refuse_kernel(form: AttentionForm) -> str | None:

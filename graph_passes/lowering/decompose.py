@@ -10,7 +10,8 @@ import numpy as np
 import onnx_ir as ir
 
 from sievert.graph_passes.lowering.attention import AttentionForm, read_attention, refuse_decomposition, refuse_kernel, refuse_request
-from sievert.graph_passes.lowering.rewrite import Op, Rewriter
+from sievert.graph_passes.lowering.rewrite import Rewriter
+from sievert.graph_passes.op import Op
 
 _FLOAT: Final = ir.DataType.FLOAT
 _LOWEST: Final = float(np.finfo(np.float32).min)
