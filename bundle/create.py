@@ -75,9 +75,7 @@ def create_bundle(path: Path, *, force: bool, command: str) -> Iterator[NewBundl
         check_bundle(folder, parse_manifest(data, folder / MANIFEST), full=False)
         write_new(folder / MANIFEST, data)
         with writing(target, everywhere=True):
-            sync(folder)
             _move(folder, target, force=force)
-            sync(target.parent)
 
 
 def _move(folder: Path, target: Path, *, force: bool) -> None:

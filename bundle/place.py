@@ -91,9 +91,7 @@ def writing_beside(place: Path, purpose: str, *, check: Callable[[], None]) -> I
         check()
         with writing(place, everywhere=True):
             (folder / LOCK).unlink()
-            sync(folder)
             move_into(folder, place)
-            sync(place.parent)
 
 
 def beside(place: Path) -> Path:
@@ -102,7 +100,16 @@ def beside(place: Path) -> Path:
 
 
 def move_into(folder: Path, place: Path) -> None:
-    """Give ``folder`` the name ``place`` in one step; what stood there may be left under the old name, for the caller to remove."""
+    """Give ``folder`` the name ``place`` in one step, on the disk too when it returns.
+
+    What stood there may be left under the old name, for the caller to remove.
+    """
+    sync(folder)
+    _rename_into(folder, place)
+    sync(place.parent)
+
+
+def _rename_into(folder: Path, place: Path) -> None:
     if not place.exists() or not any(path.name != LOCK for path in place.iterdir()):
         if place.exists():
             shutil.rmtree(place)

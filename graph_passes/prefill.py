@@ -27,7 +27,7 @@ from sievert.graph_passes.decoder import Decoder, Layer
 from sievert.graph_passes.groups import Cutting, select_by_image
 from sievert.graph_passes.instance import Instance
 from sievert.graph_passes.lengths import Length, sizes
-from sievert.graph_passes.op import gather_rows
+from sievert.graph_passes.op import Op, gather_rows
 from sievert.graph_passes.planes import Planes
 from sievert.graph_passes.rows import cut_rows, describe_rows, gather_positions
 from sievert.graph_passes.selectors.base import StageGeometry, StageInputs, Tap
@@ -142,12 +142,12 @@ class _Splice:
 
     def _describe_cache_rows(self) -> ir.Value:
         """The row of the unpruned sequence that each row of the caches from here on is: ``[B, C_s]``. New tokens come behind all S."""
-        op, profile, length = self._build.op, self._profile, self._rows.length
+        profile, length = self._profile, self._rows.length
+        op: Op = self._build.op
         shape = [profile.batch, profile.capacity(length.dropped)]
         new = op.Expand(op.Unsqueeze(op.Range(length.dropped, profile.capacity(), 1), [0]), shape)
         places = op.Expand(op.Unsqueeze(op.Range(0, length.count(op), 1), [0]), sizes(op, profile.batch, length))
-        rows: ir.Value = op.ScatterElements(new, places, self._rows.original_row, axis=1)
-        return rows
+        return op.ScatterElements(new, places, self._rows.original_row, axis=1)
 
     def _stage_inputs(self, cutting: Cutting) -> StageInputs:
         rows, decoder, profile = self._rows, self._decoder, self._profile
@@ -236,9 +236,8 @@ class _Splice:
 
     def _find_last(self) -> ir.Value:
         """The row of the last real token among those that are left: ``[B, 1]``."""
-        op = self._build.op
-        last: ir.Value = op.Sub(op.ReduceSum(self._attention_mask, [1], keepdims=1), self._rows.length.dropped + 1)
-        return last
+        op: Op = self._build.op
+        return op.Sub(op.ReduceSum(self._attention_mask, [1], keepdims=1), self._rows.length.dropped + 1)
 
     def _mask(self, sight: Sight) -> ir.Value:
         """``[B, 1, S, S]`` bool over the rows that are left, made once for all layers of a stage that see alike."""

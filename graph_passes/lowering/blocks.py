@@ -45,7 +45,7 @@ class SplitCausalAttention(ir.passes.InPlacePass):
         rewriter, shared = Rewriter(model.graph, "lower.blocks"), _Shared()
         shortest = _find_shortest(model.graph)
         for node in model.graph:
-            form = read_attention(node) if node.domain == "" and node.op_type == "Attention" else None
+            form = read_attention(node)
             if form is not None and self._splits(node, form, shortest):
                 rewriter.replace(node, self._split(rewriter.op, node, form.query, shortest, shared))
         return ir.passes.PassResult(model, modified=rewriter.apply())

@@ -34,7 +34,7 @@ class GroupQueryHeads(ir.passes.InPlacePass):
         """``modified`` when an operator was regrouped."""
         rewriter, masks = Rewriter(model.graph, "lower.heads"), dict[tuple[ir.Value, int], ir.Value]()
         for node in model.graph:
-            form = read_attention(node) if node.domain == "" and node.op_type == "Attention" else None
+            form = read_attention(node)
             if form is not None and _can_group(node, form):
                 rewriter.replace(node, _group(rewriter.op, node, form, masks))
         return ir.passes.PassResult(model, modified=rewriter.apply())
