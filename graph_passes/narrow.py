@@ -12,8 +12,8 @@ import onnx_ir as ir
 from sievert.bundle.errors import GraphError
 from sievert.graph_passes.op import FLOAT, make_cast
 from sievert.graph_passes.quantise import is_selector
+from sievert.graph_passes.scopes import read_exported
 
-_TORCH: Final = "pkg.torch.onnx.name_scopes"
 _ROTARY: Final = "rotary_emb"
 _ANGULAR: Final = frozenset({"Sin", "Cos"})
 _STASHED: Final = {"RMSNormalization": "stash_type", "LayerNormalization": "stash_type", "Attention": "softmax_precision"}
@@ -100,7 +100,7 @@ class _Narrowing:
         floats = [value for value in (*node.inputs, *node.outputs) if value is not None and value.dtype is FLOAT]
         if any(value.name in self._how.high for value in floats):
             return True
-        if node in self._angles or is_selector(node) or _ROTARY in node.metadata_props.get(_TORCH, ""):
+        if node in self._angles or is_selector(node) or any(_ROTARY in scope for scope in read_exported(node)):
             return True
         computed = [value for value in node.inputs if value is not None and value.const_value is None]
         # Positions and masks: whole numbers that 16 bit would round.
