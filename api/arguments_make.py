@@ -1,8 +1,9 @@
-"""Arguments and options of the commands that make something: export, prune and build."""
+"""Arguments and options of the commands that make something: export, prune, prune-onnx and build."""
 
 from __future__ import annotations
 
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 from typer import Argument, Option
@@ -16,6 +17,14 @@ class DTypeName(StrEnum):
     float32 = "float32"
     float16 = "float16"
     bfloat16 = "bfloat16"
+
+
+class TargetName(StrEnum):
+    """What the graphs are written for."""
+
+    onnxruntime = "onnxruntime"
+    tensorrt_rtx = "tensorrt-rtx"
+    tensorrt = "tensorrt"
 
 
 _AS_FULL = "Default: as full."
@@ -113,3 +122,19 @@ Capabilities = Annotated[
     list[str] | None,
     Option("--capability", metavar="SM89", help="GPU generation to build for; may be repeated. Default: the builder's."),
 ]
+
+# prune-onnx
+Prefill = Annotated[Path, Argument(metavar="PREFILL", help="A decoder as ONNX, of any length.", show_default=False)]
+Decode = Annotated[
+    str, Argument(metavar="[DECODE]", help="The tool's own decode graph: only checked to be the same decoder.", show_default=False)
+]
+OutFolder = Annotated[str, Option("--out", metavar="DIR", help="Folder to make.", show_default=False)]
+VisualTokens = Annotated[
+    int, Option("--visual-tokens", metavar="N", min=1, help="Visual tokens of one image.", rich_help_panel=SIZES, show_default=False)
+]
+Grid = Annotated[
+    str,
+    Option("--grid", metavar="RxC", help="Rows and columns of an image's patches, if you know.", rich_help_panel=SIZES, show_default=False),
+]
+TargetOption = Annotated[TargetName, Option("--target", help="What the graphs are written for.")]
+Check = Annotated[bool, Option("--check", help="Compare with PREFILL in ONNX Runtime, where every token is kept.")]

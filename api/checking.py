@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from sievert.bundle.errors import InputError
-from sievert.bundle.names import DOWNLOADS
 from sievert.bundle.store import Bundle
 from sievert.calibration.questions import read_entry
 from sievert.engines.run.images import load_image
@@ -119,7 +118,7 @@ def check(
         raise InputError(f"{opened.path.name} has no variants to check: make one with `sievert prune`")
     options: dict[str, Any] = {"samples": given, "count": count, "tokens": tokens, "template": template}
     progress("loading the PyTorch model")
-    reference = load_reference(opened.manifest, model=model or _find_download(opened.manifest.source.model))
+    reference = load_reference(opened.manifest, model=model or None)
 
     def judge(variant: str, engine: str, lowered_for: str = "") -> Report:
         if find_runtime(engine).unavailable() is not None:
@@ -145,12 +144,6 @@ def check(
         files = judge(variant, ONNX, engine) if built is not None and engine != ONNX else None
         outcomes.append(Outcome(variant, engine, ran, files))
     return Checked(opened.path, tuple(outcomes))
-
-
-def _find_download(model: str) -> Path | None:
-    """The folder that export fetched a hub id into; None for a local folder, or where it is gone: the manifest's own name is tried."""
-    folder = DOWNLOADS.expanduser() / model
-    return folder if not Path(model).is_dir() and folder.is_dir() else None
 
 
 def read_samples(path: Path, *, limit: int = 0) -> tuple[Sample, ...]:

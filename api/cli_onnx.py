@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import shlex
-from enum import StrEnum
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 from rich.markup import escape
-from typer import Argument, Option
 
 from sievert import arguments as a
-from sievert.arguments import SIZES
+from sievert import arguments_make as m
 from sievert.console import Screen
 
 if TYPE_CHECKING:
@@ -20,51 +17,25 @@ if TYPE_CHECKING:
     from sievert.bundle.pruned import PrunedDecoder
 
 
-class TargetName(StrEnum):
-    """What the graphs are written for."""
-
-    onnxruntime = "onnxruntime"
-    tensorrt_rtx = "tensorrt-rtx"
-    tensorrt = "tensorrt"
-
-
-MaxText = Annotated[int, Option("--max-text", metavar="N", help="Tokens of a prompt beside the image's.", rich_help_panel=SIZES)]
-Images = Annotated[int, Option("--images", metavar="N", help="Images in each prompt.", rich_help_panel=SIZES)]
-Prefill = Annotated[Path, Argument(metavar="PREFILL", help="A decoder as ONNX, of any length.", show_default=False)]
-Decode = Annotated[
-    str, Argument(metavar="[DECODE]", help="The tool's own decode graph: only checked to be the same decoder.", show_default=False)
-]
-OutFolder = Annotated[str, Option("--out", metavar="DIR", help="Folder to make.", show_default=False)]
-VisualTokens = Annotated[
-    int, Option("--visual-tokens", metavar="N", min=1, help="Visual tokens of one image.", rich_help_panel=SIZES, show_default=False)
-]
-Grid = Annotated[
-    str,
-    Option("--grid", metavar="RxC", help="Rows and columns of an image's patches, if you know.", rich_help_panel=SIZES, show_default=False),
-]
-TargetOption = Annotated[TargetName, Option("--target", help="What the graphs are written for.")]
-Check = Annotated[bool, Option("--check", help="Compare with PREFILL in ONNX Runtime, where every token is kept.")]
-
-
 def prune_onnx(
-    prefill: Prefill,
-    out: OutFolder,
-    visual_tokens: VisualTokens,
-    decode: Decode = "",
+    prefill: m.Prefill,
+    out: m.OutFolder,
+    visual_tokens: m.VisualTokens,
+    decode: m.Decode = "",
     layer: a.Layers = None,
     keep: a.Keeps = None,
     selector: a.Selectors = None,
     option: a.SelectorOptions = None,
     positions: a.Positions = None,
     plan: a.PlanFile = "",
-    max_text: MaxText = 128,
+    max_text: m.MaxText = None,
     max_new_tokens: a.MaxNewTokens = 128,
     batch: a.Batch = 1,
     decode_batch: a.DecodeBatch = None,
-    images: Images = 1,
-    grid: Grid = "",
-    target: TargetOption = TargetName.onnxruntime,
-    check: Check = False,
+    images: m.Images = None,
+    grid: m.Grid = "",
+    target: m.TargetOption = m.TargetName.onnxruntime,
+    check: m.Check = False,
     force: a.Force = False,
 ) -> None:
     """Prune a decoder that another tool exported: standard ONNX operators, any length.
@@ -87,11 +58,11 @@ def prune_onnx(
             cuts=cuts,
             positions=positions.value if positions else "auto",
             plan=plan,
-            max_text=max_text,
+            max_text=128 if max_text is None else max_text,
             max_new_tokens=max_new_tokens,
             batch=batch,
             decode_batch="auto" if decode_batch is None else decode_batch,
-            images=images,
+            images=1 if images is None else images,
             grid=parse_grid(grid) if grid else None,
             target=target.value,
             check=check,

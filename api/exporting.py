@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sievert.building import Built, build_variant, require_builders
-from sievert.bundle.create import check_place
+from sievert.bundle.create import BUNDLE
 from sievert.bundle.errors import BundleError, InputError, SievertError
 from sievert.bundle.names import DOWNLOADS, FULL
+from sievert.bundle.place import check_place
 from sievert.bundle.plan import Plan
 from sievert.bundle.specs import Geometry
 from sievert.bundle.store import Bundle
@@ -90,7 +91,7 @@ def export(
     cuts, positions = choose_cuts(cuts, positions, plan)
     target = Path(out) if str(out) else default_place(model)
     require_builders(engines)
-    check_place(target.expanduser().resolve(), force=force)
+    check_place(target.expanduser().resolve(), BUNDLE, force=force)
     share = open_to_share(share_weights, target.expanduser().resolve(), dtype) if str(share_weights) else None
     pictures = load_samples(sample_images, sample_prompts, max_text=max_text, images=images, frames=frames)
     images = (len(pictures) or 1) if images == "auto" else images

@@ -71,7 +71,8 @@ def prune_onnx(
         IntegrityError: weights that are not plain files beside the graph.
         BundleError: ``out`` is taken (``force`` replaces a pruned decoder) or cannot be written. Nothing is left behind.
     """
-    from sievert.bundle.pruned import check_pruned_place, create_pruned, read_pruned
+    from sievert.bundle.place import check_place
+    from sievert.bundle.pruned import PRUNED_DECODER, create_pruned, read_pruned
     from sievert.graph_passes.foreign.variant import describe_geometry, make_pruned
     from sievert.graph_passes.foreign.weights import write_weights
     from sievert.graph_passes.lower import lower
@@ -80,7 +81,7 @@ def prune_onnx(
     _refuse_vision(cuts)
     if grid is not None and grid[0] * grid[1] != visual_tokens:
         raise InputError(f"a grid of {grid[0]} x {grid[1]} has {grid[0] * grid[1]} patches, but an image has {visual_tokens} visual tokens")
-    check_pruned_place(Path(out).resolve(), force=force)
+    check_place(Path(out).resolve(), PRUNED_DECODER, force=force)
     source = Path(prefill)
     if Path(out).resolve() == source.resolve().parent:
         raise BundleError(f"{out} is the source's own folder: choose another path")

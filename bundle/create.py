@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
 
-from sievert.bundle.errors import BundleError, SievertError
+from sievert.bundle.errors import BundleError
 from sievert.bundle.files import locked, plain_status, sha256_file, sync, write_new
 from sievert.bundle.integrity import check_bundle, parse_manifest, read_manifest
 from sievert.bundle.manifest import FileEntry, Manifest
 from sievert.bundle.names import LOCK, MANIFEST, check_name, is_ours
-from sievert.bundle.place import beside, move_into, sweep_siblings
+from sievert.bundle.place import Kind, check_place, folder_beside, move_into
 from sievert.bundle.writer import FolderWriter, history_line, render, writing
 
 
@@ -61,63 +61,32 @@ def create_bundle(path: Path, *, force: bool, command: str) -> Iterator[NewBundl
         BundleError: something stands at ``path`` that may not be replaced, or the folder cannot be written.
     """
     target = path.resolve()
-    check_place(target, force=force)
-    folder = beside(target)
+    check_place(target, BUNDLE, force=force)
     start = time.monotonic()
-    try:
-        with contextlib.ExitStack() as held, writing(folder):
-            with writing(folder, everywhere=True):
-                target.parent.mkdir(parents=True, exist_ok=True)
-                sweep_siblings(target)
-                folder.mkdir()
-                held.enter_context(locked(folder, command))
-            new = NewBundle(folder)
-            yield new
-            if new.manifest is None:
-                raise BundleError(f"{command!r} ended without a manifest: call finish")
-            manifest = new.manifest.model_copy(
-                update={"files": new.listed(), "history": (*new.manifest.history, history_line(command, time.monotonic() - start))}
-            )
-            data = render(manifest)
-            check_bundle(folder, parse_manifest(data, folder / MANIFEST), full=False)
-            write_new(folder / MANIFEST, data)
-            with writing(target, everywhere=True):
-                sync(folder)
-                _move(folder, target, force=force)
-                sync(target.parent)
-    finally:
-        # Before the move this is the unfinished bundle, after an exchange the one that was replaced.
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def check_place(target: Path, *, force: bool) -> None:
-    """Refuse a place that is taken.
-
-    Raises:
-        BundleError: a file, a folder of something else, a bundle without ``force``, or a bundle with files that are not its own.
-    """
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise BundleError(f"{target} is a file: choose a path that does not exist yet")
-    names = {entry.name for entry in target.iterdir()}
-    if not names:
-        return
-    if MANIFEST not in names:
-        raise BundleError(f"{target} is a folder that holds other files and no bundle: choose a path that does not exist yet")
-    if not force:
-        raise BundleError(f"{target} already holds a bundle: choose another path, or replace it with --force")
-    try:
-        own = {MANIFEST, LOCK, *read_manifest(target).files}
-    except SievertError as error:
-        raise BundleError(f"{target} holds an unreadable bundle, which is not replaced: remove the folder yourself ({error})") from error
-    foreign = sorted(name for name in names - own if not is_ours(name))
-    if foreign:
-        raise BundleError(f"{target} holds files that are not the bundle's ({', '.join(foreign[:5])}): move them away and repeat")
+    with folder_beside(target, command) as folder:
+        new = NewBundle(folder)
+        yield new
+        if new.manifest is None:
+            raise BundleError(f"{command!r} ended without a manifest: call finish")
+        manifest = new.manifest.model_copy(
+            update={"files": new.listed(), "history": (*new.manifest.history, history_line(command, time.monotonic() - start))}
+        )
+        data = render(manifest)
+        check_bundle(folder, parse_manifest(data, folder / MANIFEST), full=False)
+        write_new(folder / MANIFEST, data)
+        with writing(target, everywhere=True):
+            _move(folder, target, force=force)
 
 
 def _move(folder: Path, target: Path, *, force: bool) -> None:
-    check_place(target, force=force)  # again: the export took its time
+    check_place(target, BUNDLE, force=force)  # again: the export took its time
     held = (target / MANIFEST).exists()
     with locked(target, "replaced by an export") if held else contextlib.nullcontext():
         move_into(folder, target)
+
+
+def _find_foreign(folder: Path, names: set[str]) -> set[str]:
+    return {name for name in names - {MANIFEST, LOCK, *read_manifest(folder).files} if not is_ours(name)}
+
+
+BUNDLE: Final = Kind("bundle", MANIFEST, _find_foreign)

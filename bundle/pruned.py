@@ -18,7 +18,7 @@ from sievert.bundle.errors import BundleError, ManifestError
 from sievert.bundle.files import open_plain, plain_status, sha256_file, sync, write_new
 from sievert.bundle.manifest import FileEntry, GraphEntry, WeightEntry
 from sievert.bundle.names import LOCK, check_name
-from sievert.bundle.place import writing_beside
+from sievert.bundle.place import Kind, check_place, writing_beside
 from sievert.bundle.plan import Plan
 from sievert.bundle.profile import Profile
 from sievert.bundle.specs import Record
@@ -85,26 +85,7 @@ def read_pruned(folder: Path) -> PrunedDecoder:
         raise ManifestError(f"{path} is malformed or of another version: make the folder again ({error.errors()[0]['msg']})") from error
 
 
-def check_pruned_place(target: Path, *, force: bool) -> None:
-    """Refuse a place that is taken.
-
-    Raises:
-        BundleError: a file, a folder of something else, or a pruned decoder without ``force`` or with files that are not its own.
-    """
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise BundleError(f"{target} is a file: choose a path that does not exist yet")
-    names = {entry.name for entry in target.iterdir()}
-    if not names:
-        return
-    if PRUNED not in names:
-        raise BundleError(f"{target} is a folder that holds other files: choose a path that does not exist yet")
-    if not force:
-        raise BundleError(f"{target} already holds a pruned decoder: choose another path, or replace it with --force")
-    foreign = sorted(names - {PRUNED, *read_pruned(target).files})
-    if foreign:
-        raise BundleError(f"{target} holds files that are not the pruned decoder's ({', '.join(foreign[:5])}): move them away and repeat")
+PRUNED_DECODER: Final = Kind("pruned decoder", PRUNED, lambda folder, names: names - {PRUNED, *read_pruned(folder).files})
 
 
 @contextlib.contextmanager
@@ -115,7 +96,7 @@ def create_pruned(path: Path, *, force: bool) -> Iterator[NewPruned]:
         BundleError: something stands at ``path`` that may not be replaced, or the folder cannot be written.
     """
     target = path.resolve()
-    with writing_beside(target, "prune-onnx", check=partial(check_pruned_place, target, force=force)) as folder:
+    with writing_beside(target, "prune-onnx", check=partial(check_place, target, PRUNED_DECODER, force=force)) as folder:
         new = NewPruned(folder)
         yield new
         if new.record is None:

@@ -119,7 +119,7 @@ def writing(folder: Path, *, everywhere: bool = False) -> Iterator[None]:
         yield
     except OSError as error:
         where = Path(str(error.filename)) if error.filename is not None else None
-        inside = where is not None and (where == folder or folder in where.parents)
+        inside = where is not None and where.is_relative_to(folder)
         if not (inside or everywhere or error.errno in _NO_ROOM):
             raise
         advice = "free some space" if error.errno in {errno.ENOSPC, errno.EDQUOT} else "check that this user may write there"

@@ -22,7 +22,7 @@ def choose_place(bundle: Bundle, out: str | Path, *, force: bool) -> Path:
         CalibrationError: it lies inside the bundle, is a file, holds something else, or a collection that ``force`` does not replace.
     """
     place = Path(out).expanduser().resolve() if str(out) else default_place(bundle)
-    if place == bundle.path or bundle.path in place.parents:
+    if place.is_relative_to(bundle.path):
         raise CalibrationError(f"{place} lies inside the bundle, which holds nothing but the bundle: choose another folder with --out")
     require_free(place, force=force)
     return place

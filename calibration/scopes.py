@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ast
 from collections import deque
 from typing import Final
 
 import onnx_ir as ir
 
-TORCH: Final = "pkg.torch.onnx.name_scopes"
-OURS: Final = "pkg.onnxscript.name_scopes"
+from sievert.graph_passes.scopes import read_built, read_exported
+
 _SELECTOR: Final = "select."
 _LOWERED: Final = "lower."
 _ROTARY: Final = "rotary_emb"
@@ -32,19 +31,11 @@ def is_float32_island(scope: str) -> bool:
 
 
 def _own_scope(node: ir.Node) -> str:
-    torch = _parse(node.metadata_props.get(TORCH, ""))
+    torch = read_exported(node)
     if torch:
         return torch[-2] if len(torch) > 1 else ""  # the last is the operation itself
-    ours = _parse(node.metadata_props.get(OURS, ""))
+    ours = read_built(node)
     return "" if ours and ours[0].startswith(_LOWERED) else "/".join(ours)
-
-
-def _parse(text: str) -> list[str]:
-    try:
-        found = ast.literal_eval(text) if text else []
-    except (ValueError, SyntaxError):
-        return []
-    return [str(part) for part in found] if isinstance(found, list) else []
 
 
 def _nearest(start: ir.Node, *, upward: bool) -> str:

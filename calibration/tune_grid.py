@@ -14,7 +14,7 @@ from sievert.bundle.profile import Profile
 from sievert.bundle.specs import Geometry
 from sievert.graph_passes.groups import make_cuttings
 from sievert.graph_passes.selectors import registry
-from sievert.graph_passes.selectors.options import Range
+from sievert.graph_passes.selectors.options import Range, list_values
 from sievert.graph_passes.selectors.schedule import EMBEDDINGS, scale_layers
 
 FLOORS: Final = ("random", "uniform")
@@ -197,11 +197,9 @@ def _schedule_line(name: str, geometry: Geometry, profile: Profile) -> Line:
 
 
 def _neighbours(line: Line) -> Iterator[tuple[str, Option]]:
-    selector = registry.make(line.selector, line.options)
-    for field in dataclasses.fields(registry.SELECTORS[line.selector].factory):  # type: ignore[arg-type]
-        value, allowed = getattr(selector, field.name), field.metadata["range"]
-        if field.name != _NOT_TUNED:
-            yield from ((field.name, other) for other in _other_values(value, allowed))
+    for name, (value, allowed) in list_values(registry.make(line.selector, line.options)).items():
+        if name != _NOT_TUNED:
+            yield from ((name, other) for other in _other_values(value, allowed))
 
 
 def _other_values(value: Option, allowed: Range) -> list[Option]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from sievert.bundle.errors import InputError
-from sievert.bundle.files import locked, sync
+from sievert.bundle.files import locked
 from sievert.bundle.names import LOCK
 from sievert.bundle.place import move_into
 from sievert.bundle.store import Bundle
@@ -31,7 +31,7 @@ def choose_place(bundle: Bundle, out: str | Path, *, force: bool) -> Path:
             that is worked in holds something else.
     """
     place = Path(out).expanduser().resolve() if str(out) else bundle.path.with_name(f"{bundle.path.name}-tune")
-    if place == bundle.path or bundle.path in place.parents:
+    if place.is_relative_to(bundle.path):
         raise InputError(f"--out {place} lies inside the bundle, which holds nothing but the bundle: choose another folder")
     for folder in (place, working_folder(place)):
         if folder.exists() and not folder.is_dir():
@@ -68,9 +68,7 @@ def working_beside(place: Path) -> Iterator[Callable[[], None]]:
         nonlocal done
         with writing(folder):
             (folder / LOCK).unlink()
-            sync(folder)
             move_into(folder, place)
-            sync(place.parent)
         done = True
 
     with contextlib.ExitStack() as held:

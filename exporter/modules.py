@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Final
 
 import torch
 import transformers
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sievert.bundle.errors import UnsupportedModelError
 from sievert.exporter.architectures.base import Tower, TwoWay
+from sievert.exporter.attention import attending_by
 
 _ATTENTION: Final = "sievert_attention"
 
@@ -137,19 +136,8 @@ def embedding_scale(model: PreTrainedModel) -> float:
 def one_attention(model: PreTrainedModel) -> Iterator[None]:
     """For the length of a trace, a decoder that spells its attention out (because it caps its scores) goes through one operator."""
     config = model.config.get_text_config()
-    before = config._attn_implementation
-    if before != "eager":
+    with attending_by(_ATTENTION, _attend, [config]) if config._attn_implementation == "eager" else nullcontext():
         yield
-        return
-    ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, _attend)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(_ATTENTION, sdpa_mask)
-    try:
-        config._attn_implementation_internal = _ATTENTION  # not by the property, which would set the parts' too
-        yield
-    finally:
-        config._attn_implementation_internal = before
-        for registry in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
-            registry._global_mapping.pop(_ATTENTION)
 
 
 def _attend(

@@ -16,10 +16,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sievert.bundle.errors import GraphError, UnsupportedModelError
+from sievert.exporter.attention import attending_by
 
 PIXELS: Final = "pixel_values"
 FEATURES: Final = "image_features"
@@ -242,24 +241,16 @@ def _segment_attention(vision: nn.Module, packed: Mapping[type[nn.Module], Calla
     for module in vision.modules():
         if isinstance(config := getattr(module, "config", None), PreTrainedConfig):
             configs[id(config)] = config
-    before = [(config, config._attn_implementation) for config in configs.values()]
     # The exporter replaces these for the length of a trace, by one that refuses segments of different lengths.
     replaced = {each: each.forward for each, forward in packed.items() if each.forward is not forward}
-    ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, _attend)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(_ATTENTION, sdpa_mask)
-    try:
-        for each in replaced:
-            each.forward = packed[each]
-        for config, _ in before:  # not by the property, which would set the parts' too
-            config._attn_implementation_internal = _ATTENTION
-        yield
-    finally:
-        for config, implementation in before:
-            config._attn_implementation_internal = implementation
-        for each, forward in replaced.items():
-            each.forward = forward
-        for registry in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
-            registry._global_mapping.pop(_ATTENTION)
+    with attending_by(_ATTENTION, _attend, configs.values()):
+        try:
+            for each in replaced:
+                each.forward = packed[each]
+            yield
+        finally:
+            for each, forward in replaced.items():
+                each.forward = forward
 
 
 def _attend(

@@ -8,6 +8,7 @@ from typing import Final
 import onnx_ir as ir
 
 from sievert.bundle.errors import GraphError
+from sievert.graph_passes.op import make_cast
 
 _PAST: Final = "past_key_values."
 
@@ -63,18 +64,11 @@ def _narrow(graph: ir.Graph, past: ir.Value, scatter: ir.Node, dtype: ir.DataTyp
     if update is None or computed is None:
         raise GraphError(f"the update of {past.name} has no value or no type")
     past.type = present.type = ir.TensorType(dtype)
-    written = _cast(update, dtype, f"{present.name}.new")
+    written = make_cast(update, dtype, f"{present.name}.new")
     graph.insert_before(scatter, written)
     scatter.replace_input_with(1, written.outputs[0])
     if readers := list(present.uses()):
-        read = _cast(present, computed, f"{present.name}.read")
+        read = make_cast(present, computed, f"{present.name}.read")
         graph.insert_after(scatter, read)
         for node, place in readers:
             node.replace_input_with(place, read.outputs[0])
-
-
-def _cast(value: ir.Value, dtype: ir.DataType, name: str) -> ir.Node:
-    node = ir.node("Cast", [value], {"to": dtype}, name=f"{name}.cast")
-    made = node.outputs[0]
-    made.name, made.shape, made.type = name, value.shape, ir.TensorType(dtype)
-    return node

@@ -19,6 +19,7 @@ from sievert.bundle.plan import Plan
 from sievert.bundle.profile import Profile
 from sievert.graph_passes.decoder import Decoder, Layer
 from sievert.graph_passes.instance import Instance
+from sievert.graph_passes.op import Op
 from sievert.graph_passes.prefill import add_cache_inputs, add_named_output, attention_options, emit_logits, enter_decoder
 from sievert.graph_passes.sight import ALL_CAUSAL, Sights, find_displaced, name_original_row, stage_before
 
@@ -56,13 +57,13 @@ def build_decode(decoder: Decoder, embed_tokens: ir.Model | None, profile: Profi
             if segment is not None:
                 stream = segment.get(layer.residual)
             row = op.Sub(cache_row, lost) if lost else cache_row
-            masks = {0: _mask_rows(build, row, profile.capacity(lost))}
+            masks = {0: _mask_rows(build.op, row, profile.capacity(lost))}
             positions = op.Sub(position_ids, lost) if lost and plan.positions == "compact" else position_ids
             segment = enter_decoder(build, decoder, layer.index, stream, positions, scope=f"decode.{layer.index}", weights=weights)
         window = sights.of(layer.index).window
         if window not in masks:
             origin = origins.get(stage_before(plan, layer.index))
-            masks[window] = _mask_window(build, masks[0], cache_row, window, origin, profile.capacity(dropped[layer.index]))
+            masks[window] = _mask_window(build.op, masks[0], cache_row, window, origin, profile.capacity(dropped[layer.index]))
         presents += _attend_to_cache(build, segment, layer, caches[layer.index], row, masks[window])
     if segment is None:
         raise GraphError("the decoder has no layers")
@@ -84,22 +85,18 @@ def _embed(build: GraphBuilder, embed_tokens: ir.Model, input_ids: ir.Value, wei
     return Instance(build, graph, scope="embed", bound={ids: input_ids}, weights=weights).get(merge.inputs[0])
 
 
-def _mask_rows(build: GraphBuilder, row: ir.Value, capacity: int) -> ir.Value:
+def _mask_rows(op: Op, row: ir.Value, capacity: int) -> ir.Value:
     """Rows 0..row of a cache: ``[B, 1, 1, C]`` bool."""
-    op = build.op
-    mask: ir.Value = op.LessOrEqual(op.Unsqueeze(op.Range(0, capacity, 1), [0, 1, 2]), op.Unsqueeze(row, [1, 2, 3]))
-    return mask
+    return op.LessOrEqual(op.Unsqueeze(op.Range(0, capacity, 1), [0, 1, 2]), op.Unsqueeze(row, [1, 2, 3]))
 
 
-def _mask_window(build: GraphBuilder, mask: ir.Value, cache_row: ir.Value, window: int, origin: ir.Value | None, capacity: int) -> ir.Value:
+def _mask_window(op: Op, mask: ir.Value, cache_row: ir.Value, window: int, origin: ir.Value | None, capacity: int) -> ir.Value:
     """``mask`` without rows that are ``window`` or more rows of the unpruned sequence back: ``[B, 1, 1, C]`` bool.
 
     ``origin[B, C]`` says which row of that sequence each cache row is; None where nothing was cut: its own.
     """
-    op = build.op
     rows = op.Unsqueeze(op.Range(0, capacity, 1), [0, 1, 2]) if origin is None else op.Unsqueeze(origin, [1, 2])
-    near: ir.Value = op.And(mask, op.Greater(rows, op.Sub(op.Unsqueeze(cache_row, [1, 2, 3]), window)))
-    return near
+    return op.And(mask, op.Greater(rows, op.Sub(op.Unsqueeze(cache_row, [1, 2, 3]), window)))
 
 
 def _attend_to_cache(

@@ -6,8 +6,6 @@ module scopes the exporter leaves on the nodes and by the cache outputs; a contr
 
 from __future__ import annotations
 
-import ast
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,8 +14,8 @@ from typing import Final, TypeVar
 import onnx_ir as ir
 
 from sievert.bundle.errors import GraphError
+from sievert.graph_passes.scopes import read_layers
 
-_SCOPES: Final = "pkg.torch.onnx.name_scopes"
 _SHAPE_OPS: Final = frozenset({"Transpose", "Reshape", "Cast", "Squeeze", "Unsqueeze"})
 _NORM_OPS: Final = frozenset({"RMSNormalization", "LayerNormalization"})
 Size = TypeVar("Size", bound=int | str)
@@ -188,10 +186,7 @@ def confirm_scope(node: ir.Node, index: int) -> None:
     Raises:
         GraphError: it was exported from another one.
     """
-    scopes = node.metadata_props.get(_SCOPES)
-    if scopes is None:
-        return
-    numbers = {int(m.group(1)) for scope in ast.literal_eval(scopes) if (m := re.search(r"(?:^|\.)layers\.(\d+)(?:\.|$)", scope))}
+    numbers = set(read_layers(node))
     if numbers and numbers != {index}:
         raise GraphError(
             f"attention number {index} ({_where(node)}) was exported from layer {sorted(numbers)}: a layer has no Attention or two"

@@ -25,6 +25,7 @@ from sievert.bundle.errors import PlanError
 from sievert.bundle.plan import Plan, Stage
 from sievert.bundle.profile import Profile
 from sievert.bundle.specs import Geometry
+from sievert.graph_passes.op import Op
 from sievert.graph_passes.selectors import registry
 from sievert.graph_passes.selectors.base import Selection, Selector, StageInputs
 
@@ -128,11 +129,11 @@ def select_by_image(build: GraphBuilder, cutting: Cutting, inputs: StageInputs) 
 
 def _narrow(build: GraphBuilder, inputs: StageInputs, group: Group, image: int) -> StageInputs:
     """A stage's inputs with the tokens of one image as its only visual tokens."""
-    op, g = build.op, inputs.geometry
+    g = inputs.geometry
+    op: Op = build.op
 
     def part(values: ir.Value) -> ir.Value:
-        narrowed: ir.Value = op.Slice(values, [group.start], [group.start + group.visual], [1])
-        return narrowed
+        return op.Slice(values, [group.start], [group.start + group.visual], [1])
 
     original = part(inputs.original_index)
     return replace(

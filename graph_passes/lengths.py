@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import onnx_ir as ir
 
 from sievert.bundle.specs import SEQUENCE, name_axis
-
-
-class Op(Protocol):
-    """onnxscript's OpBuilder, with a type for what its operators return."""
-
-    def __getattr__(self, op_type: str) -> Callable[..., ir.Value]: ...
+from sievert.graph_passes.op import Op
 
 
 @dataclass(frozen=True)

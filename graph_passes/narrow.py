@@ -10,13 +10,13 @@ import numpy as np
 import onnx_ir as ir
 
 from sievert.bundle.errors import GraphError
+from sievert.graph_passes.op import FLOAT, make_cast
 from sievert.graph_passes.quantise import is_selector
+from sievert.graph_passes.scopes import read_exported
 
-_TORCH: Final = "pkg.torch.onnx.name_scopes"
 _ROTARY: Final = "rotary_emb"
 _ANGULAR: Final = frozenset({"Sin", "Cos"})
 _STASHED: Final = {"RMSNormalization": "stash_type", "LayerNormalization": "stash_type", "Attention": "softmax_precision"}
-_FLOAT: Final = ir.DataType.FLOAT
 Weights = Callable[[str], ir.TensorProtocol]
 
 
@@ -53,7 +53,7 @@ class Narrow(ir.passes.InPlacePass):
             GraphError: one takes two; the message names it.
         """
         for node in model.graph:
-            kinds = {value.dtype for value in node.inputs if value is not None and value.dtype in (_FLOAT, self.dtype)}
+            kinds = {value.dtype for value in node.inputs if value is not None and value.dtype in (FLOAT, self.dtype)}
             if len(kinds) > 1:
                 raise GraphError(f"{node.op_type} node {node.name!r} takes {', '.join(map(str, kinds))} after narrowing")
 
@@ -72,21 +72,21 @@ class _Narrowing:
         narrow = [node for node in nodes if not self._stays(node)]
         changed = False
         for value in self._graph.inputs:
-            if value.dtype is _FLOAT and value.name not in self._how.high and not _is_float32_by_contract(value):
+            if value.dtype is FLOAT and value.name not in self._how.high and not _is_float32_by_contract(value):
                 value.type = ir.TensorType(self._how.dtype)
                 changed = True
         kept = set(nodes) - set(narrow)
         for node in narrow:
             for value in node.outputs:
-                if value.dtype is _FLOAT:
+                if value.dtype is FLOAT:
                     value.type = ir.TensorType(self._how.dtype)
                     changed = True
         for node in nodes:
-            self._feed(node, _FLOAT if node in kept else self._how.dtype)
+            self._feed(node, FLOAT if node in kept else self._how.dtype)
         for node in narrow:
             attribute = _STASHED.get(node.op_type)
             if attribute is not None:
-                node.attributes[attribute] = ir.AttrInt64(attribute, int(_FLOAT))
+                node.attributes[attribute] = ir.AttrInt64(attribute, int(FLOAT))
         for place, value in enumerate(self._graph.outputs):
             if _is_float32_by_contract(value) and value.dtype is self._how.dtype:
                 self._give_float32(place, value)
@@ -97,19 +97,19 @@ class _Narrowing:
 
     def _stays(self, node: ir.Node) -> bool:
         """Whether a node computes in float32."""
-        floats = [value for value in (*node.inputs, *node.outputs) if value is not None and value.dtype is _FLOAT]
+        floats = [value for value in (*node.inputs, *node.outputs) if value is not None and value.dtype is FLOAT]
         if any(value.name in self._how.high for value in floats):
             return True
-        if node in self._angles or is_selector(node) or _ROTARY in node.metadata_props.get(_TORCH, ""):
+        if node in self._angles or is_selector(node) or any(_ROTARY in scope for scope in read_exported(node)):
             return True
         computed = [value for value in node.inputs if value is not None and value.const_value is None]
         # Positions and masks: whole numbers that 16 bit would round.
-        return bool(computed) and all(value.dtype is not _FLOAT for value in computed) and node.op_type not in ("Gather",)
+        return bool(computed) and all(value.dtype is not FLOAT for value in computed) and node.op_type not in ("Gather",)
 
     def _feed(self, node: ir.Node, wanted: ir.DataType) -> None:
         """Let every float input of ``node`` be of the type wanted."""
         for place, value in enumerate(node.inputs):
-            if value is None or value.dtype not in (_FLOAT, self._how.dtype) or value.dtype is wanted:
+            if value is None or value.dtype not in (FLOAT, self._how.dtype) or value.dtype is wanted:
                 continue
             other = self._narrow_constant(value) if value.const_value is not None else self._cast(value, wanted)
             node.replace_input_with(place, other)
@@ -119,15 +119,13 @@ class _Narrowing:
     def _cast(self, value: ir.Value, wanted: ir.DataType) -> ir.Value:
         key = (value, wanted)
         if key not in self._casts:
-            node = ir.node("Cast", [value], {"to": wanted}, name=f"{value.name}.{wanted.name.lower()}.cast")
-            made = node.outputs[0]
-            made.name, made.shape, made.type = f"{value.name}.{wanted.name.lower()}", value.shape, ir.TensorType(wanted)
+            node = make_cast(value, wanted, f"{value.name}.{wanted.name.lower()}")
             producer = value.producer()
             if producer is None:
                 self._graph.insert_before(self._graph[0], node)
             else:
                 self._graph.insert_after(producer, node)
-            self._casts[key] = made
+            self._casts[key] = node.outputs[0]
         return self._casts[key]
 
     def _narrow_constant(self, value: ir.Value) -> ir.Value:
@@ -147,9 +145,9 @@ class _Narrowing:
     def _give_float32(self, place: int, value: ir.Value) -> None:
         name = str(value.name)
         value.name = f"{name}.{self._how.dtype.name.lower()}"
-        cast = ir.node("Cast", [value], {"to": _FLOAT})
+        cast = ir.node("Cast", [value], {"to": FLOAT})
         made = cast.outputs[0]
-        made.name, made.shape, made.type = name, value.shape, ir.TensorType(_FLOAT)
+        made.name, made.shape, made.type = name, value.shape, ir.TensorType(FLOAT)
         self._graph.append(cast)
         self._graph.outputs[place] = made
 
@@ -168,12 +166,9 @@ def _find_angles(graph: ir.Graph) -> set[ir.Node]:
 
 def fit(values: np.ndarray[tuple[int, ...], np.dtype[np.float32]], dtype: ir.DataType) -> np.ndarray[tuple[int, ...], np.dtype[np.generic]]:
     """``values`` in ``dtype``; what is finite and beyond its range becomes the largest value of its sign."""
-    import ml_dtypes
-
-    kind = dtype.numpy()
-    largest = float(ml_dtypes.finfo(kind).max)  # type: ignore[no-untyped-call]
+    largest = float(dtype.max)
     clipped = np.where(np.isfinite(values), np.clip(values, -largest, largest), values)
-    return np.asarray(clipped).astype(kind)
+    return np.asarray(clipped).astype(dtype.numpy())
 
 
 def _is_float32_by_contract(value: ir.Value) -> bool:

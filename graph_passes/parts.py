@@ -6,7 +6,6 @@ in, or none, and then belong where their inputs come from.
 
 from __future__ import annotations
 
-import ast
 import re
 from collections.abc import Mapping
 from typing import Final
@@ -14,13 +13,12 @@ from typing import Final
 import onnx_ir as ir
 
 from sievert.bundle.plan import Plan
+from sievert.graph_passes.scopes import read_layers
 
 REST: Final = "rows and positions"
 HEAD: Final = "head"
-_SCOPES: Final = "pkg.torch.onnx.name_scopes"
 _INSTANCE: Final = re.compile(r"(front|tail\.\d+|last|head)\.")
 _SELECTOR: Final = re.compile(r"select\.(\d+)(?:/|$)")
-_LAYER: Final = re.compile(r"(?:^|\.)layers\.(\d+)(?:\.|$)")
 
 
 def name_parts(model: ir.Model, plan: Plan) -> dict[str, str]:
@@ -62,11 +60,8 @@ def find_part(parts: Mapping[str, str], node: str) -> str:
 
 def _exported_layer(node: ir.Node) -> tuple[str, int] | None:
     """The instance and the layer a node was copied for."""
-    instance, scopes = _instance(str(node.name)), node.metadata_props.get(_SCOPES)
-    if instance is None or scopes is None:
-        return None
-    numbers = [int(found[1]) for scope in ast.literal_eval(scopes) if (found := _LAYER.search(scope))]
-    return (instance, numbers[-1]) if numbers else None
+    instance, numbers = _instance(str(node.name)), read_layers(node)
+    return (instance, numbers[-1]) if instance is not None and numbers else None
 
 
 def _instance(name: str) -> str | None:

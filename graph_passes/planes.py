@@ -21,7 +21,8 @@ from sievert.bundle.errors import GraphError
 from sievert.graph_passes.decoder import Layer
 from sievert.graph_passes.instance import Instance
 from sievert.graph_passes.lengths import sizes
-from sievert.graph_passes.rows import Rows, gather_rows
+from sievert.graph_passes.op import gather_rows
+from sievert.graph_passes.rows import Rows
 
 
 class Planes:
@@ -53,5 +54,5 @@ class Planes:
         zeros = op.CastLike(op.Expand([0.0], [rows.batch, 1, self._width]), self._values[layer.index])
         plane = op.Concat(self._values[layer.index], zeros, axis=1)  # [B, Nv + 1, D]
         place = op.GatherElements(self._places, rows.original_row, axis=1)  # [B, S']
-        segment.bind(layer.residual_out, op.Add(stream, gather_rows(build, plane, place)))
+        segment.bind(layer.residual_out, op.Add(stream, gather_rows(op, plane, place)))
         build.pop_module()

@@ -27,8 +27,9 @@ from sievert.graph_passes.decoder import Decoder, Layer
 from sievert.graph_passes.groups import Cutting, select_by_image
 from sievert.graph_passes.instance import Instance
 from sievert.graph_passes.lengths import Length, sizes
+from sievert.graph_passes.op import Op, gather_rows
 from sievert.graph_passes.planes import Planes
-from sievert.graph_passes.rows import cut_rows, describe_rows, gather_positions, gather_rows
+from sievert.graph_passes.rows import cut_rows, describe_rows, gather_positions
 from sievert.graph_passes.selectors.base import StageGeometry, StageInputs, Tap
 from sievert.graph_passes.sight import ALL_CAUSAL, Places, Sight, Sights, find_displaced, name_original_row, see
 from sievert.graph_passes.vision_scores import VISUAL_SCORES
@@ -94,7 +95,7 @@ class _Splice:
         self._kept: list[tuple[str, ir.Value]] = []
         build.push_module("rows")
         self._rows = describe_rows(
-            build,
+            build.op,
             batch=batch,
             length=_measure(build, profile, self._attention_mask),
             visual=visual,
@@ -124,14 +125,14 @@ class _Splice:
         selection = select_by_image(build, cutting, inputs)
         _name_value(build, selection.scores, f"stage.{number}.scores")
         order = _name_value(build, selection.order, f"stage.{number}.order")
-        cut = cut_rows(build, self._rows, order, cutting.keep, compact=compact, carried=selection.carried)
+        cut = cut_rows(build.op, self._rows, order, cutting.keep, compact=compact, carried=selection.carried)
         build.pop_module()
         self._rows, self._masks = cut.rows, {}
-        self._embeds = gather_rows(build, self._embeds, cut.source)
+        self._embeds = gather_rows(build.op, self._embeds, cut.source)
         self._kept.append((f"kept_index.{number}", cut.kept_index))
         if number in self._displaced:
             self._kept.append((name_original_row(number), self._describe_cache_rows()))
-        self._enter(layer.index, self._state_shape(gather_rows(build, stream, cut.source), self._decoder.width), f"tail.{number}")
+        self._enter(layer.index, self._state_shape(gather_rows(build.op, stream, cut.source), self._decoder.width), f"tail.{number}")
 
     def _state_shape(self, value: ir.Value, *inner: int) -> ir.Value:
         """Say that ``value`` is ``[B, S', D]``, or ``[B, H, S', d]``: where S varies, inference does not follow it through reshapes."""
@@ -141,12 +142,12 @@ class _Splice:
 
     def _describe_cache_rows(self) -> ir.Value:
         """The row of the unpruned sequence that each row of the caches from here on is: ``[B, C_s]``. New tokens come behind all S."""
-        op, profile, length = self._build.op, self._profile, self._rows.length
+        profile, length = self._profile, self._rows.length
+        op: Op = self._build.op
         shape = [profile.batch, profile.capacity(length.dropped)]
         new = op.Expand(op.Unsqueeze(op.Range(length.dropped, profile.capacity(), 1), [0]), shape)
         places = op.Expand(op.Unsqueeze(op.Range(0, length.count(op), 1), [0]), sizes(op, profile.batch, length))
-        rows: ir.Value = op.ScatterElements(new, places, self._rows.original_row, axis=1)
-        return rows
+        return op.ScatterElements(new, places, self._rows.original_row, axis=1)
 
     def _stage_inputs(self, cutting: Cutting) -> StageInputs:
         rows, decoder, profile = self._rows, self._decoder, self._profile
@@ -220,8 +221,8 @@ class _Splice:
         key, value = (self._state_shape(self._segment.get(each), *inner) for each in (layer.k_rotary, layer.v))
         self._store(layer, key, value)
         last = self._find_last()
-        stream = gather_rows(build, self._segment.get(layer.residual), last)  # [B, 1, D]
-        positions = gather_positions(build, rows, last, (rows.batch, 1))
+        stream = gather_rows(op, self._segment.get(layer.residual), last)  # [B, 1, D]
+        positions = gather_positions(op, rows, last, (rows.batch, 1))
         self._segment = row = enter_decoder(build, self._decoder, layer.index, stream, positions, scope="last", weights=self._weights)
         seen = op.LessOrEqual(op.Unsqueeze(op.Range(0, rows.length.count(op), 1), [0, 1, 2]), op.Unsqueeze(last, [1, 2]))
         seen.shape = ir.Shape([rows.batch, 1, 1, rows.length.axis])
@@ -235,9 +236,8 @@ class _Splice:
 
     def _find_last(self) -> ir.Value:
         """The row of the last real token among those that are left: ``[B, 1]``."""
-        op = self._build.op
-        last: ir.Value = op.Sub(op.ReduceSum(self._attention_mask, [1], keepdims=1), self._rows.length.dropped + 1)
-        return last
+        op: Op = self._build.op
+        return op.Sub(op.ReduceSum(self._attention_mask, [1], keepdims=1), self._rows.length.dropped + 1)
 
     def _mask(self, sight: Sight) -> ir.Value:
         """``[B, 1, S, S]`` bool over the rows that are left, made once for all layers of a stage that see alike."""
@@ -254,7 +254,7 @@ class _Splice:
         build, layer = self._build, self._decoder.layers[-1]
         hidden = self._segment.get(layer.residual_out)
         if not self._needs_one_row(layer):
-            hidden = gather_rows(build, hidden, self._find_last())  # [B, 1, D]
+            hidden = gather_rows(build.op, hidden, self._find_last())  # [B, 1, D]
         logits = emit_logits(build, self._decoder, hidden, self._weights)
         for name, value in [("logits", logits), *self._presents, *self._kept]:
             add_named_output(build, value, name)

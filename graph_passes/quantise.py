@@ -5,7 +5,6 @@ Engines that are strongly typed take precision from the graph alone; ONNX Runtim
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -13,8 +12,8 @@ from typing import Final
 import onnx_ir as ir
 
 from sievert.bundle.errors import GraphError
+from sievert.graph_passes.scopes import read_built
 
-_SCOPES: Final = "pkg.onnxscript.name_scopes"
 _SELECTORS: Final = ("select.", "vision_scores")
 _ON_THE_WAY: Final = frozenset(
     {"Transpose", "Reshape", "Cast", "Squeeze", "Unsqueeze", "Slice", "Split", "Identity", "RotaryEmbedding", "GatherND", "Gather"}
@@ -89,12 +88,8 @@ def selector_weights(model: ir.Model) -> frozenset[str]:
 
 def is_selector(node: ir.Node) -> bool:
     """Whether a node is part of a selector, or of the scores that the vision encoder gives one."""
-    text = node.metadata_props.get(_SCOPES, "")
-    try:
-        scopes = ast.literal_eval(text) if text else []
-    except (ValueError, SyntaxError):
-        return False
-    return bool(scopes) and str(scopes[0]).startswith(_SELECTORS)
+    scopes = read_built(node)
+    return bool(scopes) and scopes[0].startswith(_SELECTORS)
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import onnx_ir as ir
-from onnxscript import GraphBuilder
 
-from sievert.graph_passes.lengths import Length, Op, sizes
+from sievert.graph_passes.lengths import Length, sizes
+from sievert.graph_passes.op import Op
 from sievert.graph_passes.sight import TwoWay
 
 
@@ -53,7 +53,7 @@ class Cut:
 
 
 def describe_rows(
-    build: GraphBuilder,
+    op: Op,
     *,
     batch: int,
     length: Length,
@@ -66,9 +66,8 @@ def describe_rows(
     two_way: TwoWay = "none",
 ) -> Rows:
     """The unpruned sequence, from prefill's inputs."""
-    op = build.op
-    counter = _make_counter(build, length)  # [1, S]
-    is_visual = op.Greater(_scatter_ones(build, op.Expand([0], sizes(op, batch, length)), visual_index, (batch, visual)), 0)
+    counter = _make_counter(op, length)  # [1, S]
+    is_visual = op.Greater(_scatter_ones(op, op.Expand([0], sizes(op, batch, length)), visual_index, (batch, visual)), 0)
     real = op.Greater(attention_mask, 0)  # [B, S]
     all_text = op.And(real, op.Not(is_visual))
     first = op.Slice(visual_index, [0], [1], [1])  # [B, 1]
@@ -78,7 +77,7 @@ def describe_rows(
         length=length,
         visual=visual,
         visual_index=visual_index,
-        original_visual=op.Expand(_make_counter(build, visual), [batch, visual]),
+        original_visual=op.Expand(_make_counter(op, visual), [batch, visual]),
         original_row=op.Expand(counter, sizes(op, batch, length)),
         position_ids=position_ids,
         position_axes=position_axes,
@@ -87,23 +86,22 @@ def describe_rows(
         all_text=all_text,
         real=real,
         carried={},
-        block=_number_blocks(build, is_visual, real, two_way),
+        block=_number_blocks(op, is_visual, real, two_way),
         first_position=first_position,
     )
 
 
-def cut_rows(build: GraphBuilder, rows: Rows, order: ir.Value, keep: int, *, compact: bool, carried: Mapping[str, ir.Value]) -> Cut:
+def cut_rows(op: Op, rows: Rows, order: ir.Value, keep: int, *, compact: bool, carried: Mapping[str, ir.Value]) -> Cut:
     """Drop every visual token but those at places ``order[B, K]``; text and padding stay, everything in its old order."""
-    op = build.op
     batch, length, visual = rows.batch, rows.length, rows.visual
     after = length.less(visual - keep)
     no_places = op.Expand([0], [batch, visual])
-    taken = _scatter_ones(build, no_places, order, (batch, keep))  # [B, Nv]
-    places = _order_kept_first(build, taken, (batch, visual), keep)[0]  # [B, K] ascending
+    taken = _scatter_ones(op, no_places, order, (batch, keep))  # [B, Nv]
+    places = _order_kept_first(op, taken, (batch, visual), keep)[0]  # [B, K] ascending
     kept = op.GatherElements(rows.visual_index, places, axis=1)  # [B, K] rows of this sequence
-    stays = _scatter_ones(build, op.Cast(op.Not(rows.is_visual), to=ir.DataType.INT64), kept, (batch, keep))  # [B, S]
-    source, slot = _order_kept_first(build, stays, (batch, length), after)
-    position_ids = gather_positions(build, rows, source, (batch, after))
+    stays = _scatter_ones(op, op.Cast(op.Not(rows.is_visual), to=ir.DataType.INT64), kept, (batch, keep))  # [B, S]
+    source, slot = _order_kept_first(op, stays, (batch, length), after)
+    position_ids = gather_positions(op, rows, source, (batch, after))
     if compact:
         first = rows.first_position
         numbers = op.Unsqueeze(op.Range(first, after.less(-first).count(op), 1), [0])
@@ -117,53 +115,41 @@ def cut_rows(build: GraphBuilder, rows: Rows, order: ir.Value, keep: int, *, com
         original_visual=op.GatherElements(rows.original_visual, places, axis=1),
         original_row=op.GatherElements(rows.original_row, source, axis=1),
         position_ids=position_ids,
-        is_visual=_gather_flags(build, rows.is_visual, source),
-        text=_gather_flags(build, rows.text, source),
-        all_text=_gather_flags(build, rows.all_text, source),
-        real=_gather_flags(build, rows.real, source),
+        is_visual=_gather_flags(op, rows.is_visual, source),
+        text=_gather_flags(op, rows.text, source),
+        all_text=_gather_flags(op, rows.all_text, source),
+        real=_gather_flags(op, rows.real, source),
         carried={name: op.GatherElements(value, source, axis=1) for name, value in {**rows.carried, **carried}.items()},
         block=None if rows.block is None else op.GatherElements(rows.block, source, axis=1),
     )
     return Cut(following, source, op.GatherElements(rows.original_row, kept, axis=1))
 
 
-def _number_blocks(build: GraphBuilder, is_visual: ir.Value, real: ir.Value, two_way: str) -> ir.Value | None:
+def _number_blocks(op: Op, is_visual: ir.Value, real: ir.Value, two_way: str) -> ir.Value | None:
     """``block[B, S]`` int64. An image is a run of visual tokens: as many words stand before each of them."""
-    op, int64 = build.op, ir.DataType.INT64
+    int64 = ir.DataType.INT64
     if two_way == "none":
         return None
     if two_way == "prompt":
-        whole: ir.Value = op.Sub(op.Cast(real, to=int64), 1)
-        return whole
+        return op.Sub(op.Cast(real, to=int64), 1)
     words = op.CumSum(op.Cast(op.Not(is_visual), to=int64), 1)
-    images: ir.Value = op.Where(is_visual, words, -1)
-    return images
+    return op.Where(is_visual, words, -1)
 
 
-def gather_rows(build: GraphBuilder, stream: ir.Value, source: ir.Value) -> ir.Value:
-    """Rows ``source[B, S']`` of ``stream[B, S, D]``: [B, S', D]."""
-    rows: ir.Value = build.op.GatherND(stream, build.op.Unsqueeze(source, [2]), batch_dims=1)
-    return rows
-
-
-def gather_positions(build: GraphBuilder, rows: Rows, source: ir.Value, shape: tuple[int, int | Length]) -> ir.Value:
+def gather_positions(op: Op, rows: Rows, source: ir.Value, shape: tuple[int, int | Length]) -> ir.Value:
     """Positions of the rows ``source`` of ``shape`` ``[B, n]``, each with all its axes: ``[B, n]`` or ``[A, B, n]``."""
-    op, axes = build.op, rows.position_axes
+    axes = rows.position_axes
     index = source if axes == 1 else op.Expand(source, sizes(op, axes, *shape))
-    positions: ir.Value = op.GatherElements(rows.position_ids, index, axis=1 if axes == 1 else 2)
-    return positions
+    return op.GatherElements(rows.position_ids, index, axis=1 if axes == 1 else 2)
 
 
-def _order_kept_first(
-    build: GraphBuilder, flags: ir.Value, shape: tuple[int, int | Length], count: int | Length
-) -> tuple[ir.Value, ir.Value]:
+def _order_kept_first(op: Op, flags: ir.Value, shape: tuple[int, int | Length], count: int | Length) -> tuple[ir.Value, ir.Value]:
     """Stable partition of n columns by ``flags[B, n]`` (int64, ``count`` ones a row).
 
     Returns the first ``count`` columns of the partition ``[B, count]``, and each column's slot ``[B, n]``. A permutation is scattered, as
     long as the data: TensorRT refuses indices longer than the data, and no sort or TopK limits n.
     """
-    op = build.op
-    counter = _make_counter(build, shape[1])  # [1, n]
+    counter = _make_counter(op, shape[1])  # [1, n]
     ones_so_far = op.CumSum(flags, 1)  # [B, n]
     zeros_so_far = op.Sub(op.Add(counter, 1), ones_so_far)
     slot = op.Sub(op.Where(op.Greater(flags, 0), ones_so_far, op.Add(zeros_so_far, _number(op, count))), 1)
@@ -172,23 +158,19 @@ def _order_kept_first(
     return op.Slice(columns, [0], sizes(op, count), [1]), slot
 
 
-def _scatter_ones(build: GraphBuilder, data: ir.Value, index: ir.Value, shape: tuple[int, int]) -> ir.Value:
+def _scatter_ones(op: Op, data: ir.Value, index: ir.Value, shape: tuple[int, int]) -> ir.Value:
     """``data[B, n]`` int64 with ones at the columns ``index`` of ``shape``."""
-    marked: ir.Value = build.op.ScatterElements(data, index, build.op.Expand([1], list(shape)), axis=1)
-    return marked
+    return op.ScatterElements(data, index, op.Expand([1], list(shape)), axis=1)
 
 
-def _gather_flags(build: GraphBuilder, flags: ir.Value, source: ir.Value) -> ir.Value:
+def _gather_flags(op: Op, flags: ir.Value, source: ir.Value) -> ir.Value:
     # Through int64: full TensorRT documents no GatherElements of booleans.
-    op = build.op
-    gathered: ir.Value = op.Greater(op.GatherElements(op.Cast(flags, to=ir.DataType.INT64), source, axis=1), 0)
-    return gathered
+    return op.Greater(op.GatherElements(op.Cast(flags, to=ir.DataType.INT64), source, axis=1), 0)
 
 
-def _make_counter(build: GraphBuilder, length: int | Length) -> ir.Value:
+def _make_counter(op: Op, length: int | Length) -> ir.Value:
     """0..n-1 as ``[1, n]`` int64."""
-    counter: ir.Value = build.op.Unsqueeze(build.op.Range(0, _number(build.op, length), 1), [0])
-    return counter
+    return op.Unsqueeze(op.Range(0, _number(op, length), 1), [0])
 
 
 def _number(op: Op, count: int | Length) -> int | ir.Value:

@@ -8,13 +8,14 @@ nearer; a block is what is left of it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 from sievert.bundle.plan import Plan
+from sievert.graph_passes.op import Op
 
 ORIGINAL_ROW = "original_row"
 """Output of prefill and input of decode, followed by the stage's number: which row of the unpruned sequence each cache row is."""
@@ -74,14 +75,14 @@ class Places:
     block: ir.Value | None = None
 
 
-def see(op: Any, sight: Sight, query: Places, key: Places) -> ir.Value:
+def see(op: Op, sight: Sight, query: Places, key: Places) -> ir.Value:
     """Which of the rows ``key`` ``[B, m]`` each of ``query`` ``[B, n]`` sees: ``[B, n, m]`` bool."""
 
     def pair(ask: ir.Value, seen: ir.Value) -> tuple[ir.Value, ir.Value]:
         return op.Unsqueeze(ask, [2]), op.Unsqueeze(seen, [1])
 
     asking, asked = pair(query.row, key.row)
-    allowed: ir.Value = op.LessOrEqual(asked, asking)
+    allowed = op.LessOrEqual(asked, asking)
     near = op.Greater(asked, op.Sub(asking, sight.window)) if sight.window else None
     if near is not None and not (sight.two_way and sight.clipped):
         allowed = op.And(allowed, near)

@@ -12,8 +12,8 @@ from sievert.bundle.errors import GraphError, PlanError
 from sievert.bundle.specs import Geometry
 from sievert.graph_passes.decoder import confirm_scope
 from sievert.graph_passes.lowering.attention import AttentionForm, read_attention, refuse_decomposition
+from sievert.graph_passes.op import FLOAT, Op, cast_float, take_outputs
 from sievert.graph_passes.selectors.base import VisionTap
-from sievert.graph_passes.selectors.rank import FLOAT, Op, cast_float, take_outputs
 
 VISUAL_SCORES: Final = "visual_scores"
 _SCOPE: Final = "vision_scores"

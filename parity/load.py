@@ -10,12 +10,13 @@ import torch
 
 from sievert.bundle.errors import CheckpointError, InputError
 from sievert.bundle.manifest import Manifest
+from sievert.bundle.names import DOWNLOADS
 from sievert.bundle.remote_code import is_trusted
 from sievert.parity.reference import Reference
 
 
 def load_reference(manifest: Manifest, *, model: str | Path | None = None) -> Reference:
-    """The model a bundle was made from, or ``model``: a folder or hub id.
+    """The model a bundle was made from, or ``model``: a folder or hub id. What the export downloaded is read again if it is still there.
 
     A 16 bit bundle is judged against its own rounded weights in float32 arithmetic, so that every difference is the engine's.
 
@@ -25,7 +26,7 @@ def load_reference(manifest: Manifest, *, model: str | Path | None = None) -> Re
     """
     import transformers
 
-    name = str(model if model is not None else manifest.source.model)
+    name = str(model if model is not None else _find_source(manifest.source.model))
     # A hub id is `name` or `owner/name`; whatever else is no folder is not asked of the network.
     if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name):
         given = "the model to compare with" if model is not None else "the model this bundle was exported from"
@@ -48,6 +49,12 @@ def load_reference(manifest: Manifest, *, model: str | Path | None = None) -> Re
             f"{wanted[2]}: pass --model with the model the bundle was made from"
         )
     return Reference(loaded.float(), rounded_to=dtype, visual_token=geometry.image_token_id)
+
+
+def _find_source(model: str) -> str | Path:
+    """The folder that export fetched a hub id into; the name itself where it is a folder, or the download is gone."""
+    folder = DOWNLOADS.expanduser() / model
+    return folder if not Path(model).is_dir() and folder.is_dir() else model
 
 
 def _attention_of(config: Any) -> dict[str, str]:

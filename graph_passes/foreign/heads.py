@@ -48,11 +48,11 @@ def _take_positions_out(graph: ir.Graph, node: ir.Node) -> None:
     if len(node.inputs) < 4 or node.inputs[3] is None:
         return
     tape = Tape()
-    for place in (1, 2):
-        table = tape.op("Gather", [node.inputs[place], node.inputs[3]], {"axis": 0})
-        if node.inputs[place] is not None:
-            table.type = node.inputs[place].type  # type: ignore[union-attr]
-        node.replace_input_with(place, table)
+    for place, table in enumerate(node.inputs[1:3], 1):
+        rows = tape.op("Gather", [table, node.inputs[3]], {"axis": 0})
+        if table is not None:
+            rows.type = table.type
+        node.replace_input_with(place, rows)
     node.resize_inputs(3)
     add_before(graph, node, tape)
 

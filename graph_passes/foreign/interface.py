@@ -210,29 +210,29 @@ def _put_mask(graph: ir.Graph, old: ir.Value | None) -> ir.Value:
     """``attention_mask[B, S]`` int64 in the place of the source's mask, whatever type that has."""
     mask = ir.val("attention_mask", ir.DataType.INT64, ("batch", "sequence"))
     if old is not None:
-        content = mask
-        if old.dtype not in (None, ir.DataType.INT64):
-            tape = Tape()
-            content = tape.op("Cast", [mask], {"to": old.dtype})
-            content.type, content.shape = old.type, mask.shape
-            insert_first(graph, tape.nodes)
+        content = _of_type(graph, mask, old)
         for node, place in list(old.uses()):
             node.replace_input_with(place, mask if node.op_type == "Shape" else content)
         old.name = f"{old.name}.source"
     return mask
 
 
+def _of_type(graph: ir.Graph, value: ir.Value, old: ir.Value) -> ir.Value:
+    """The input ``value`` int64 in the type that ``old`` has, if that is another."""
+    if old.dtype in (None, value.dtype):
+        return value
+    tape = Tape()
+    content = tape.op("Cast", [value], {"to": old.dtype})
+    content.type, content.shape = old.type, value.shape
+    insert_first(graph, tape.nodes)
+    return content
+
+
 def _put_positions(graph: ir.Graph, old: ir.Value | None, rotary: Sequence[ir.Value]) -> ir.Value | Mismatch:
     """``position_ids[B, S]`` int64: the source's own input, or in the place of rows counted in the graph."""
     positions = ir.val("position_ids", ir.DataType.INT64, ("batch", "sequence"))
     if old is not None:
-        content = positions
-        if old.dtype not in (None, ir.DataType.INT64):
-            tape = Tape()
-            content = tape.op("Cast", [positions], {"to": old.dtype})
-            content.type, content.shape = old.type, positions.shape
-            insert_first(graph, tape.nodes)
-        ir.convenience.replace_all_uses_with(old, content)
+        ir.convenience.replace_all_uses_with(old, _of_type(graph, positions, old))
         old.name = f"{old.name}.source"
         return positions
     found = _find_counters(graph, rotary)

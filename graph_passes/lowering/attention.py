@@ -11,7 +11,9 @@ from typing import Final
 
 import onnx_ir as ir
 
-_FLOAT: Final = ir.DataType.FLOAT
+from sievert.graph_passes.op import FLOAT
+
+_CARRIED: Final = ("scale", "softmax_precision", "softcap")
 _HALF: Final = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 _LARGEST_HEAD: Final = 256
 # One query row: its keys' scores and the row itself must fit the shared memory of a block (exact for every head size tried).
@@ -57,7 +59,9 @@ class AttentionForm:
 
 
 def read_attention(node: ir.Node) -> AttentionForm | None:
-    """The form of an Attention node; None where a shape or type it needs is not known."""
+    """The form of an Attention node; None for any other, and where a shape or type it needs is not known."""
+    if node.domain or node.op_type != "Attention":
+        return None
     values = [node.inputs[index] if index < len(node.inputs) else None for index in range(4)]
     query, key, value, mask = values
     if query is None or key is None or value is None or query.dtype is None:
@@ -88,10 +92,15 @@ def read_attention(node: ir.Node) -> AttentionForm | None:
     )
 
 
+def read_options(node: ir.Node) -> dict[str, float | int]:
+    """What an Attention node has by its attributes that one over other rows and heads, with a mask of its own, must have too."""
+    return {name: node.attributes[name].value for name in _CARRIED if name in node.attributes}
+
+
 def refuse_kernel(form: AttentionForm) -> str | None:
     """Why TensorRT has no fused kernel for this form, or None. It builds no other kind of attention from this operator."""
     head = form.head_size
-    if form.dtype != _FLOAT and form.dtype not in _HALF:
+    if form.dtype != FLOAT and form.dtype not in _HALF:
         return f"no kernel for {form.dtype.name.lower()}"
     if form.value_size != head:
         return f"values of head size {form.value_size} with keys of head size {head}"
@@ -110,7 +119,7 @@ def refuse_kernel(form: AttentionForm) -> str | None:
         return None
     if (form.heads if form.mask is not None else form.batch * form.heads) == 1:
         return "a single head"
-    if form.dtype == _FLOAT:
+    if form.dtype == FLOAT:
         return f"float32 with {form.query} query rows: only one row has a kernel"
     if form.boolean_mask and (head < 16 or head % 8):
         return f"head size {head} with a boolean mask: needs a multiple of 8 from 16 on"

@@ -10,11 +10,11 @@ from typing import Final
 import onnx_ir as ir
 
 from sievert.bundle.specs import size_axis
-from sievert.graph_passes.lowering.attention import AttentionForm, read_attention
-from sievert.graph_passes.lowering.rewrite import Op, Rewriter
+from sievert.graph_passes.lowering.attention import AttentionForm, read_attention, read_options
+from sievert.graph_passes.lowering.rewrite import Rewriter
+from sievert.graph_passes.op import Op
 
 _ROUND: Final = 8
-_CARRIED: Final = ("scale", "softmax_precision", "softcap")
 Bound = int | ir.Value
 
 
@@ -45,7 +45,7 @@ class SplitCausalAttention(ir.passes.InPlacePass):
         rewriter, shared = Rewriter(model.graph, "lower.blocks"), _Shared()
         shortest = _find_shortest(model.graph)
         for node in model.graph:
-            form = read_attention(node) if node.domain == "" and node.op_type == "Attention" else None
+            form = read_attention(node)
             if form is not None and self._splits(node, form, shortest):
                 rewriter.replace(node, self._split(rewriter.op, node, form.query, shortest, shared))
         return ir.passes.PassResult(model, modified=rewriter.apply())
@@ -57,7 +57,7 @@ class SplitCausalAttention(ir.passes.InPlacePass):
         return alone and form.causal and form.query == form.keys and isinstance(least, int) and least >= 2 * self.rows
 
     def _split(self, op: Op, node: ir.Node, length: int | str, shortest: int, shared: _Shared) -> ir.Value:
-        options = {name: node.attributes[name].value for name in _CARRIED if name in node.attributes}
+        options = read_options(node)
         query, key, value = node.inputs[:3]
         if length not in shared.bounds:
             fixed = self._blocks(int(size_axis(length, shortest)))

@@ -10,9 +10,9 @@ import numpy as np
 import onnx_ir as ir
 
 from sievert.graph_passes.lowering.attention import AttentionForm, read_attention, refuse_decomposition, refuse_kernel, refuse_request
-from sievert.graph_passes.lowering.rewrite import Op, Rewriter
+from sievert.graph_passes.lowering.rewrite import Rewriter
+from sievert.graph_passes.op import FLOAT, Op, cast_float
 
-_FLOAT: Final = ir.DataType.FLOAT
 _LOWEST: Final = float(np.finfo(np.float32).min)
 
 
@@ -52,7 +52,7 @@ class DecomposeAttention(ir.passes.InPlacePass):
 def _find_refused(model: ir.Model) -> Iterator[tuple[ir.Node, AttentionForm, str]]:
     """Operators TensorRT refuses and that can be written out, with the reason it refuses."""
     for node in model.graph:
-        if node.domain == "" and node.op_type == "Attention" and (form := read_attention(node)) is not None:
+        if (form := read_attention(node)) is not None:
             reason = refuse_kernel(form) or refuse_request(form)
             if reason and refuse_decomposition(node, form) is None:
                 yield node, form, reason
@@ -91,7 +91,7 @@ class _Masks:
                 counter = op.Range(0, rows.count(op, shape[-1]), 1)
                 made = op.LessOrEqual(op.Unsqueeze(counter, [0]), op.Unsqueeze(counter, [1]))  # [S, T]
             else:
-                made = mask if mask.dtype == ir.DataType.BOOL else _cast_float(op, mask)
+                made = mask if mask.dtype == ir.DataType.BOOL else cast_float(op, mask)
             if mask is None or [str(axis) for axis in mask.shape or ()] != [str(axis) for axis in shape]:
                 made = op.Reshape(made, rows.shape(op, *shape))
             self._made[mask, shape] = made
@@ -101,7 +101,7 @@ class _Masks:
 def _write_attention(op: Op, node: ir.Node, form: AttentionForm, masks: _Masks) -> ir.Value:
     b, h, g, s, d = form.batch, form.heads, form.kv_heads, form.query, form.head_size
     rows = _Rows({form.query: node.inputs[0], form.keys: node.inputs[1]})
-    q, k, v = (_cast_float(op, value) for value in node.inputs[:3] if value is not None)
+    q, k, v = (cast_float(op, value) for value in node.inputs[:3] if value is not None)
     scale = d**-0.5 if form.scale is None else form.scale
     q = op.Reshape(op.Mul(q, scale), [b, g, h // g * s if isinstance(s, int) else -1, d])
     scores = op.MatMul(q, op.Transpose(k, perm=[0, 1, 3, 2]))  # [B, G, H/G * S, T]
@@ -109,7 +109,7 @@ def _write_attention(op: Op, node: ir.Node, form: AttentionForm, masks: _Masks) 
         scores = op.Mul(op.Tanh(op.Div(scores, form.softcap)), form.softcap)
     weights = op.Softmax(_mask_scores(op, scores, form, masks, rows), axis=-1)
     attended = op.Reshape(op.MatMul(weights, v), rows.shape(op, b, h, s, form.value_size))
-    return attended if form.dtype == _FLOAT else op.Cast(attended, to=form.dtype)
+    return attended if form.dtype == FLOAT else op.Cast(attended, to=form.dtype)
 
 
 def _mask_scores(op: Op, scores: ir.Value, form: AttentionForm, masks: _Masks, rows: _Rows) -> ir.Value:
@@ -131,7 +131,3 @@ def _mask_scores(op: Op, scores: ir.Value, form: AttentionForm, masks: _Masks, r
         scores = op.Where(fitting, scores, _LOWEST) if fitting.dtype == ir.DataType.BOOL else op.Add(scores, fitting)
     # Of the two that may vary the keys are read off, the queries are what is left.
     return op.Reshape(scores, rows.shape(op, b, g, group * s if isinstance(s, int) else -1, t)) if apart else scores
-
-
-def _cast_float(op: Op, value: ir.Value) -> ir.Value:
-    return value if value.dtype == _FLOAT else op.Cast(value, to=_FLOAT)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
 
 import onnx_ir as ir
 
-from sievert.graph_passes.lowering.attention import AttentionForm, read_attention
-from sievert.graph_passes.lowering.rewrite import Op, Rewriter
+from sievert.graph_passes.lowering.attention import AttentionForm, read_attention, read_options
+from sievert.graph_passes.lowering.rewrite import Rewriter
 from sievert.graph_passes.lowering.rules import static_shape
-
-_CARRIED: Final = ("scale", "softmax_precision", "softcap")
+from sievert.graph_passes.op import Op
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,7 @@ class GroupQueryHeads(ir.passes.InPlacePass):
         """``modified`` when an operator was regrouped."""
         rewriter, masks = Rewriter(model.graph, "lower.heads"), dict[tuple[ir.Value, int], ir.Value]()
         for node in model.graph:
-            form = read_attention(node) if node.domain == "" and node.op_type == "Attention" else None
+            form = read_attention(node)
             if form is not None and _can_group(node, form):
                 rewriter.replace(node, _group(rewriter.op, node, form, masks))
         return ir.passes.PassResult(model, modified=rewriter.apply())
@@ -58,8 +56,7 @@ def _group(op: Op, node: ir.Node, form: AttentionForm, masks: dict[tuple[ir.Valu
         if (form.mask, rows) not in masks:
             masks[form.mask, rows] = op.Expand(form.mask, [form.mask_shape[0], 1, rows, form.keys])
         operands.append(masks[form.mask, rows])
-    options = {name: node.attributes[name].value for name in _CARRIED if name in node.attributes}
-    return op.Reshape(op.Attention(*operands, **options), [form.batch, form.heads, 1, form.value_size])
+    return op.Reshape(op.Attention(*operands, **read_options(node)), [form.batch, form.heads, 1, form.value_size])
 
 
 @dataclass(frozen=True)

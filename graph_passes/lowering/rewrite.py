@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol, cast
+from typing import cast
 
 import onnx_ir as ir
 from onnxscript import GraphBuilder
 
-
-class Op(Protocol):
-    """onnxscript's OpBuilder, with a type for what its operators return."""
-
-    def __getattr__(self, op_type: str) -> Callable[..., ir.Value]: ...
+from sievert.graph_passes.op import Op
 
 
 class Rewriter:

@@ -9,6 +9,7 @@ from typing import Final
 import onnx_ir as ir
 
 from sievert.bundle.errors import GraphError
+from sievert.graph_passes.op import FLOAT, make_cast
 
 # What ONNX Runtime 1.31 has bfloat16 kernels for on the CPU, of the operators our graphs hold (tried one by one).
 _CPU_NAMES: Final = """
@@ -16,7 +17,6 @@ Cast Concat Constant Flatten Gather GatherElements GatherND Identity LayerNormal
 Shape Slice Split Squeeze TensorScatter Transpose Unsqueeze
 """
 CPU_BFLOAT16: Final = frozenset(_CPU_NAMES.split())
-_FLOAT: Final = ir.DataType.FLOAT
 _BRIEF: Final = ir.DataType.BFLOAT16
 
 
@@ -75,15 +75,13 @@ def find_bfloat16(graph: ir.Graph) -> Iterator[ir.Node]:
 def _widen(graph: ir.Graph, reader: ir.Node, value: ir.Value, wide: dict[ir.Value, ir.Value]) -> ir.Value:
     """``value`` in float32, cast once for all that read it."""
     if value not in wide:
-        node = ir.node("Cast", [value], {"to": _FLOAT}, name=f"wide.{value.name}.cast")
-        made = node.outputs[0]
-        made.name, made.shape, made.type = f"wide.{value.name}", value.shape, ir.TensorType(_FLOAT)
+        node = make_cast(value, FLOAT, f"wide.{value.name}")
         producer = value.producer()
         if producer is None:
             graph.insert_before(reader, node)  # the first reader in the graph's order
         else:
             graph.insert_after(producer, node)
-        wide[value] = made
+        wide[value] = node.outputs[0]
     return wide[value]
 
 
@@ -95,5 +93,5 @@ def _round(graph: ir.Graph, node: ir.Node, value: ir.Value) -> None:
     ir.convenience.replace_all_uses_with(value, made, replace_graph_outputs=True)
     cast.replace_input_with(0, value)
     made.name, value.name = value.name, f"exact.{value.name}"
-    value.type = ir.TensorType(_FLOAT)
+    value.type = ir.TensorType(FLOAT)
     graph.insert_after(node, cast)

@@ -10,8 +10,9 @@ from typing import Final
 import onnx_ir as ir
 
 from sievert.graph_passes.lengths import Length, sizes
+from sievert.graph_passes.op import FLOAT, Op, cast_float
 from sievert.graph_passes.selectors.base import StageInputs, Tap
-from sievert.graph_passes.selectors.rank import FLOAT, Op, cast_float, gather_visual
+from sievert.graph_passes.selectors.rank import gather_visual
 from sievert.graph_passes.sight import Places, see
 
 # The lowest float32: a softmax gives it exactly 0 next to any other logit, and a row of nothing else stays finite.

@@ -8,10 +8,11 @@ from typing import ClassVar, Literal
 import onnx_ir as ir
 from onnxscript import GraphBuilder
 
+from sievert.graph_passes.op import Op, cast_float, gather_rows, take_outputs
 from sievert.graph_passes.selectors.base import Selection, Selector, StageGeometry, StageInputs
-from sievert.graph_passes.selectors.cosine import gather_rows, multiply_rows, normalise_rows
+from sievert.graph_passes.selectors.cosine import multiply_rows, normalise_rows
 from sievert.graph_passes.selectors.options import choice
-from sievert.graph_passes.selectors.rank import Op, cast_float, mean_text, take_outputs
+from sievert.graph_passes.selectors.rank import mean_text
 
 # The reading's own guards: of the scaling of relevance, and of the square root.
 SCALING_EPSILON = 1e-6

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from sievert.graph_passes.selectors.rank import TINY, Op, cast_float
-
-
-def gather_rows(op: Op, stream: ir.Value, index: ir.Value) -> ir.Value:
-    """Rows ``index[B, N]`` of ``stream[B, S, D]``: [B, N, D] float32."""
-    return cast_float(op, op.GatherND(stream, op.Unsqueeze(index, [2]), batch_dims=1))
+from sievert.graph_passes.op import Op, cast_float
+from sievert.graph_passes.selectors.rank import TINY
 
 
 def normalise_rows(op: Op, rows: ir.Value) -> ir.Value:
-    """``rows[..., D]`` float32 at length 1; a row of zeros stays one, so that its cosine with everything is 0."""
+    """``rows[..., D]`` at length 1, in float32; a row of zeros stays one, so that its cosine with everything is 0."""
+    rows = cast_float(op, rows)
     return op.Div(rows, op.Max(op.ReduceL2(rows, [-1], keepdims=1), TINY))
 
 

@@ -14,10 +14,11 @@ from onnxscript import GraphBuilder
 from sievert.bundle.errors import PlanError
 from sievert.bundle.plan import Stage
 from sievert.bundle.specs import Geometry
+from sievert.graph_passes.op import Op, cast_float, gather_rows, take_outputs
 from sievert.graph_passes.selectors.base import Selection, Selector, StageGeometry, StageInputs, Tap
-from sievert.graph_passes.selectors.cosine import gather_rows, multiply_rows, normalise_rows
+from sievert.graph_passes.selectors.cosine import multiply_rows, normalise_rows
 from sievert.graph_passes.selectors.options import choice
-from sievert.graph_passes.selectors.rank import Op, cast_float, limit_topk, take_best, take_outputs
+from sievert.graph_passes.selectors.rank import limit_topk, take_best
 from sievert.graph_passes.selectors.schedule import EMBEDDINGS, Schedule
 
 PIVOTS = 4  # of each kind

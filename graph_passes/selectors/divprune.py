@@ -9,9 +9,9 @@ import numpy as np
 import onnx_ir as ir
 from onnxscript import GraphBuilder
 
+from sievert.graph_passes.op import Op, gather_rows, take_outputs
 from sievert.graph_passes.selectors.base import Selection, Selector, StageGeometry, StageInputs
-from sievert.graph_passes.selectors.cosine import gather_rows, multiply_rows, normalise_rows
-from sievert.graph_passes.selectors.rank import Op, take_outputs
+from sievert.graph_passes.selectors.cosine import multiply_rows, normalise_rows
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ from onnxscript import GraphBuilder
 from sievert.bundle.errors import PlanError
 from sievert.bundle.plan import Stage, resolve_keep
 from sievert.bundle.specs import Geometry
+from sievert.graph_passes.op import Op
 from sievert.graph_passes.selectors.base import Selection, Selector, StageInputs, VisionTap
 from sievert.graph_passes.selectors.options import choice
-from sievert.graph_passes.selectors.rank import Op, take_best
+from sievert.graph_passes.selectors.rank import take_best
 
 
 @dataclass(frozen=True)

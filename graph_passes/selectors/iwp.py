@@ -12,9 +12,10 @@ from typing import ClassVar, Literal
 import onnx_ir as ir
 from onnxscript import GraphBuilder
 
+from sievert.graph_passes.op import Op, gather_rows, take_outputs
 from sievert.graph_passes.selectors.base import Selection, Selector, StageGeometry, StageInputs, Tap
 from sievert.graph_passes.selectors.options import choice, flag, number
-from sievert.graph_passes.selectors.rank import TINY, Op, gather_visual, limit_topk, mean_text, take_best, take_outputs
+from sievert.graph_passes.selectors.rank import TINY, gather_visual, limit_topk, mean_text, take_best
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,6 @@ def _embed_tokens(op: Op, g: StageGeometry, directions: ir.Value, keys: ir.Value
 
 def _compare_chunk(op: Op, newest: ir.Value, points: ir.Value, columns: ir.Value) -> ir.Value:
     """cos(v_i, v_j) * exp(-||k_i - k_j||^2 * scale / 2) of the chunk ``newest[B, b]`` with every token: [B, G, b, Nv]."""
-    chunk = op.Transpose(op.GatherND(points, op.Unsqueeze(newest, [2]), batch_dims=1), perm=[0, 2, 1, 3])  # [B, 2G, b, d+2]
+    chunk = op.Transpose(gather_rows(op, points, newest), perm=[0, 2, 1, 3])  # [B, 2G, b, d+2]
     cosines, exponents = take_outputs(op.Split(op.MatMul(chunk, columns), axis=1, num_outputs=2, _outputs=2))
     return op.Mul(cosines, op.Exp(op.Min(exponents, 0.0)))

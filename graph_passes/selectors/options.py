@@ -57,6 +57,11 @@ def list_options(selector: Any) -> dict[str, Option]:
     return {field.name: cast("Option", field.default) for field in fields}
 
 
+def list_values(selector: Any) -> dict[str, tuple[Option, Range]]:
+    """What the options of a selector are set to, and what each may be."""
+    return {field.name: (getattr(selector, field.name), field.metadata["range"]) for field in dataclasses.fields(selector)}
+
+
 def check_names(name: str, given: Mapping[str, Option], known: Sequence[str]) -> None:
     """Refuse an option a selector does not have.
 

@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Final, Protocol, cast
+from typing import Final
 
 import onnx_ir as ir
 
 from sievert.bundle.errors import GraphError
 from sievert.graph_passes.lowering.limits import LARGEST_TOPK
-
-FLOAT: Final = ir.DataType.FLOAT
+from sievert.graph_passes.op import FLOAT, Op, cast_float, take_outputs
 
 # Below any norm or score that fp16, bf16 or fp32 activations give; keeps 0/0 out of the graph.
 TINY: Final = 1e-30
 
 # Comparisons made at once for one batch row: 16 MiB where they are counted as float32.
 LARGEST_BLOCK: Final = 2**22
-
-
-class Op(Protocol):
-    """onnxscript's OpBuilder, with a type for what its operators return."""
-
-    def __getattr__(self, op_type: str) -> Callable[..., ir.Value]: ...
-
-
-def cast_float(op: Op, value: ir.Value) -> ir.Value:
-    """``value`` in float32; strong typing wants the cast written, and a cast to the same type is left out."""
-    return value if value.dtype == FLOAT else op.Cast(value, to=FLOAT)
 
 
 def mean_text(op: Op, rows: ir.Value, text: ir.Value) -> ir.Value:
@@ -89,8 +76,3 @@ def _place_earlier(op: Op, size: int) -> ir.Value:
     """Whether column j comes before row i: [b, b] bool."""
     counter = op.Range(0, size, 1)
     return op.Less(counter, op.Unsqueeze(counter, [1]))
-
-
-def take_outputs(values: ir.Value) -> Sequence[ir.Value]:
-    """What an operator of several outputs really returned."""
-    return cast("Sequence[ir.Value]", values)

@@ -12,11 +12,11 @@ import onnx_ir as ir
 from onnxscript import GraphBuilder
 
 from sievert.graph_passes.lengths import sizes
+from sievert.graph_passes.op import FLOAT, Op, cast_float, gather_rows
 from sievert.graph_passes.selectors.attention import attend_mean, gather_columns, mask_softmax, other_rows
 from sievert.graph_passes.selectors.base import Selection, Selector, StageInputs, Tap
-from sievert.graph_passes.selectors.cosine import gather_rows
 from sievert.graph_passes.selectors.options import choice
-from sievert.graph_passes.selectors.rank import FLOAT, Op, take_best
+from sievert.graph_passes.selectors.rank import take_best
 
 RATERS: Final = "raters"
 
@@ -48,7 +48,7 @@ class SparseVlm(Selector):
         rows = other_rows(op, inputs)  # [B, T]
         text = op.Cast(inputs.text if self.text == "after_image" else inputs.all_text, to=FLOAT)  # [B, S]
         text = gather_columns(op, text, rows)  # [B, T]
-        visual, words = (gather_rows(op, inputs.inputs_embeds, index) for index in (inputs.visual_index, rows))
+        visual, words = (cast_float(op, gather_rows(op, inputs.inputs_embeds, index)) for index in (inputs.visual_index, rows))
         is_text = op.Greater(text, 0.0)
         similarity = op.MatMul(visual, op.Transpose(words, perm=[0, 2, 1]))  # [B, Nv, T]
         share = op.ReduceMean(mask_softmax(op, similarity, op.Unsqueeze(is_text, [1])), [1], keepdims=0)  # [B, T]

@@ -16,10 +16,11 @@ from sievert.bundle.errors import PlanError
 from sievert.bundle.plan import Stage
 from sievert.bundle.specs import Geometry
 from sievert.graph_passes.lengths import sizes
+from sievert.graph_passes.op import FLOAT, Op, cast_float
 from sievert.graph_passes.selectors.attention import attend_mean, gather_columns, mask_softmax
 from sievert.graph_passes.selectors.base import Selection, Selector, StageInputs, Tap, TapKind
 from sievert.graph_passes.selectors.options import choice, number
-from sievert.graph_passes.selectors.rank import FLOAT, TINY, Op, cast_float, take_best
+from sievert.graph_passes.selectors.rank import TINY, take_best
 
 TRANSITION: Final = "transition"
 MODULES: Final[tuple[tuple[TapKind, TapKind], ...]] = (("attention_in", "attention_out"), ("mlp_in", "mlp_out"))

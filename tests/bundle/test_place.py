@@ -10,8 +10,8 @@ import pytest
 from sievert.bundle.errors import BundleError
 from sievert.bundle.files import locked
 from sievert.bundle.names import LOCK
-from sievert.bundle.place import beside, move_into, writing_beside
-from sievert.bundle.pruned import check_pruned_place, create_pruned
+from sievert.bundle.place import beside, check_place, move_into, writing_beside
+from sievert.bundle.pruned import PRUNED, PRUNED_DECODER, create_pruned
 
 
 def content(folder: Path) -> dict[str, str]:
@@ -65,9 +65,16 @@ def test_a_place_that_was_taken_meanwhile_is_refused(tmp_path: Path):
     place = tmp_path / "pruned"
     with (
         pytest.raises(BundleError, match="holds other files"),
-        writing_beside(place, "test", check=partial(check_pruned_place, place, force=True)) as folder,
+        writing_beside(place, "test", check=partial(check_place, place, PRUNED_DECODER, force=True)) as folder,
     ):
         (folder / "new").write_text("new")
         place.mkdir()
         (place / "theirs").write_text("theirs")
     assert content(tmp_path) == {"pruned/theirs": "theirs"}
+
+
+def test_a_folder_whose_record_cannot_be_read_is_not_replaced(tmp_path: Path):
+    (tmp_path / PRUNED).write_text("{}")
+    with pytest.raises(BundleError, match=r"unreadable pruned decoder.*remove the folder yourself"):
+        check_place(tmp_path, PRUNED_DECODER, force=True)
+    assert content(tmp_path) == {PRUNED: "{}"}

@@ -16,10 +16,11 @@ from sievert.calibration.collection import Collection
 from sievert.calibration.formats import FORMATS, find_format
 from sievert.calibration.judging import Seen
 from sievert.calibration.ranges import measure_ranges
-from sievert.calibration.scopes import OURS, TORCH, find_scope, is_float32_island
+from sievert.calibration.scopes import find_scope, is_float32_island
 from sievert.engines.run.base import ModelFile
 from sievert.engines.run.ort import OnnxRuntime
 from sievert.graph_passes.expose import expose, to_bytes
+from sievert.graph_passes.scopes import BUILT, EXPORTED
 from tests.calibration.conftest import edit_weight
 
 FP16 = FORMATS["float16"]
@@ -88,7 +89,9 @@ def test_a_planted_overflow_is_found_named_and_traced(bundle: Path, data: Path, 
     (weight,) = [each for each in starts if each.kind == "weight"]
     assert "layers.1.mlp.up_proj" in weight.name
     model = ir.load(Bundle.open(bundle).graph_file("prefill", variant="full"))
-    (down,) = [node for node in model.graph if node.op_type == "MatMul" and "'model.layers.1.mlp.down_proj'" in node.metadata_props[TORCH]]
+    (down,) = [
+        node for node in model.graph if node.op_type == "MatMul" and "'model.layers.1.mlp.down_proj'" in node.metadata_props[EXPORTED]
+    ]
     reached = {each.name: each for each in found.tensors if each.graph == "prefill"}
     assert down.inputs[0] is not None
     planted = reached[str(down.inputs[0].name)]
@@ -148,12 +151,12 @@ def test_a_node_without_a_module_has_that_of_its_neighbour():
     last = ir.node("Exp", [lowered.outputs[0]])
     alone = ir.node("Neg", [ir.val("y")])
     ir.Graph([], [last.outputs[0]], nodes=[first, bare, lowered, last, alone])
-    first.metadata_props[TORCH] = "['', 'model', 'model.layers.3', 'model.layers.3.mlp', 'relu']"
-    lowered.metadata_props[OURS] = "['lower.attention']"
-    last.metadata_props[OURS] = "['select.0', 'round.2']"
-    alone.metadata_props[OURS] = "not a list"
+    first.metadata_props[EXPORTED] = "['', 'model', 'model.layers.3', 'model.layers.3.mlp', 'relu']"
+    lowered.metadata_props[BUILT] = "['lower.attention']"
+    last.metadata_props[BUILT] = "['select.0', 'round.2']"
+    alone.metadata_props[BUILT] = "not a list"
     assert [find_scope(node) for node in (first, bare, lowered)] == ["model.layers.3.mlp"] * 3
     assert find_scope(last) == "select.0/round.2" and find_scope(alone) == ""
     assert is_float32_island("select.0/round.2") and is_float32_island("model.rotary_emb") and not is_float32_island("model.layers.3")
-    first.metadata_props[TORCH] = ""
+    first.metadata_props[EXPORTED] = ""
     assert find_scope(first) == "select.0/round.2"

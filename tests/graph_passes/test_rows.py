@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from onnxscript import GraphBuilder
 
 from sievert.graph_passes.lengths import Length
-from sievert.graph_passes.rows import cut_rows, describe_rows, gather_rows
+from sievert.graph_passes.op import gather_rows
+from sievert.graph_passes.rows import cut_rows, describe_rows
 
 
 def build_cuts(batch: int, length: int, visual: int, keeps: list[int], compact: bool, varies: bool) -> ort.InferenceSession:
@@ -24,13 +25,15 @@ def build_cuts(batch: int, length: int, visual: int, keeps: list[int], compact: 
     stream = build.input("stream", ir.DataType.FLOAT, [batch, axis, 3])
     orders = [build.input(f"order.{stage}", integer, [batch, keep]) for stage, keep in enumerate(keeps)]
     counted = Length(length + 9, build.op.Squeeze(build.op.Shape(mask, start=1), [0])) if varies else Length(length)
-    rows = describe_rows(build, batch=batch, length=counted, visual=visual, attention_mask=mask, visual_index=index, position_ids=positions)
+    rows = describe_rows(
+        build.op, batch=batch, length=counted, visual=visual, attention_mask=mask, visual_index=index, position_ids=positions
+    )
     build.add_output(build.op.Identity(rows.text), "text")
     build.add_output(build.op.Identity(rows.all_text), "all_text")
     carried = build.op.Mul(build.op.Cast(positions, to=ir.DataType.FLOAT), 0.5)
     for stage, keep in enumerate(keeps):
-        cut = cut_rows(build, rows, orders[stage], keep, compact=compact, carried={"half": carried} if stage == 0 else {})
-        rows, stream = cut.rows, gather_rows(build, stream, cut.source)
+        cut = cut_rows(build.op, rows, orders[stage], keep, compact=compact, carried={"half": carried} if stage == 0 else {})
+        rows, stream = cut.rows, gather_rows(build.op, stream, cut.source)
         for name, value in {
             "kept_index": cut.kept_index,
             "stream": stream,

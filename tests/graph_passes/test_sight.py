@@ -157,8 +157,8 @@ def run_rule(case: Case, sight: Sight, real: Array, visual: Array, order: Array)
     feeds = {"attention_mask": real.astype(np.int64), "visual_index": visual, "position_ids": np.cumsum(real, 1), "order": order}
     values: dict[str, Any] = {name: build.input(name, ir.DataType.INT64, list(array.shape)) for name, array in feeds.items()}
     chosen = values.pop("order")
-    rows = describe_rows(build, batch=len(real), length=Length(real.shape[1]), visual=visual.shape[1], two_way=case.two_way, **values)
-    left = cut_rows(build, rows, chosen, order.shape[1], compact=False, carried={}).rows
+    rows = describe_rows(build.op, batch=len(real), length=Length(real.shape[1]), visual=visual.shape[1], two_way=case.two_way, **values)
+    left = cut_rows(build.op, rows, chosen, order.shape[1], compact=False, carried={}).rows
     for name, each in (("whole", rows), ("cut", left)):
         places = Places(each.original_row, each.block)
         build.add_output(see(build.op, sight, places, places), name)

@@ -261,6 +261,14 @@ def test_what_cannot_be_checked_is_refused(bundle: Bundle, reference: Reference,
         load_reference(moved)
 
 
+def test_a_hub_model_is_read_from_where_export_downloaded_it(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "owner").mkdir()
+    (tmp_path / "owner" / "name").symlink_to(bundle.manifest.source.model)
+    monkeypatch.setattr("sievert.parity.load.DOWNLOADS", tmp_path)
+    hub = bundle.manifest.model_copy(update={"source": bundle.manifest.source.model_copy(update={"model": "owner/name"})})
+    assert describe_other_weights(hub, load_reference(hub).model) == ""
+
+
 def test_a_model_of_other_weights_fails_at_once(bundle: Bundle, tmp_path: Path) -> None:
     report: Report = check(bundle, "full", count=1, tokens=1, model=make_tiny_llava(tmp_path / "other", seed=1))
     assert (report.verdict, report.first_failure) == (Verdict.FAIL, "vision features")
