@@ -94,7 +94,8 @@ def judge_scales(
     """Every activation scale of a variant: its limit is at most ``tolerance`` times the magnitude it was chosen for, and at least a
     ``tolerance``-th of it.
 
-    The magnitude is that of the variant's calibration (the largest, or a percentile where the manifest does not name an exception) over prefill of ``batches`` and one step of decode.
+    The magnitude is that of the variant's calibration (the largest, or a percentile where the manifest names no exception) over prefill
+    of ``batches`` and one step of decode.
 
     Raises:
         GraphError: a quantiser in a type or with a scale that is not known.
