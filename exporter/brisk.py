@@ -8,8 +8,6 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-
 logger = logging.getLogger(__name__)
 
 _NEEDED = ("match", "_init_match", "_match_node")
@@ -20,13 +18,17 @@ def brisk() -> Iterator[None]:
     """Trace in the block without walks of the garbage collector, stack traces of nodes and hopeless searches; every setting is put back,
     also after an error.
     """
-    with _no_collector(), _no_stack_traces(), _no_hopeless_search():
+    with no_collector(), _no_stack_traces(), _no_hopeless_search():
         yield
 
 
 @contextlib.contextmanager
-def _no_collector() -> Iterator[None]:
-    """A trace makes millions of objects that live as long as it does, and few that do not: a walk over them frees next to nothing."""
+def no_collector() -> Iterator[None]:
+    """Work in the block without the garbage collector, if it is on.
+
+    Tracing and passes make millions of objects that live as long as they do, and few that do not: a walk over them frees next to nothing.
+    Not for blocks that read weights: what a cycle holds stays until the end.
+    """
     if not gc.isenabled():
         yield
         return
@@ -40,6 +42,8 @@ def _no_collector() -> Iterator[None]:
 @contextlib.contextmanager
 def _no_stack_traces() -> Iterator[None]:
     """The tracer notes for each node where in Python it was made, and KeepScopes would throw it away."""
+    import torch.fx  # here: lint does without torch
+
     config: Any = torch.fx.config
     before = config.do_not_emit_stack_traces
     config.do_not_emit_stack_traces = True
