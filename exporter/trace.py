@@ -9,6 +9,7 @@ import onnx_ir as ir
 import torch
 
 from sievert.bundle.errors import GraphError
+from sievert.exporter.brisk import brisk
 from sievert.exporter.quiet import quiet
 
 TRACED_OPSET = 23
@@ -33,7 +34,7 @@ def trace(module: torch.nn.Module, inputs: Mapping[str, torch.Tensor], axes: Map
     dims = {name: torch.export.Dim(name) for name in sorted({axis for names in axes.values() for axis in names if axis is not None})}
     shapes = {name: {place: dims[axis] for place, axis in enumerate(names) if axis is not None} for name, names in axes.items()}
     config = library.OnnxConfig(dynamic=True, dynamic_shapes=shapes, opset_version=TRACED_OPSET)
-    with quiet(f"tracing {what}"):
+    with quiet(f"tracing {what}"), brisk():
         try:
             exported = library.OnnxExporter().export(module, dict(inputs), config=config)
         except (OnnxExporterError, torch._dynamo.exc.UserError) as error:
