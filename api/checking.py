@@ -9,7 +9,7 @@ from typing import Any
 
 from sievert.bundle.errors import InputError
 from sievert.bundle.store import Bundle
-from sievert.calibration.questions import read_entry
+from sievert.calibration.questions import read_questions
 from sievert.engines.run.images import load_image
 from sievert.engines.run.registry import find_runtime
 from sievert.parity.check import check as check_unavailable
@@ -22,7 +22,6 @@ from sievert.progress import Progress, Size, silent
 
 ONNX = "onnxruntime"
 _MADE_UP = 8
-_LINE = '{"image": "photo.png", "prompt": "what is this?"}'
 
 
 @dataclass(frozen=True)
@@ -150,21 +149,8 @@ def read_samples(path: Path, *, limit: int = 0) -> tuple[Sample, ...]:
     """The pictures and prompts of a JSON lines file, the first ``limit`` of them (0: all).
 
     Raises:
-        InputError: no such file, a line that is not ``{"image": ..., "prompt": ...}``, or no lines at all.
+        InputError: no such file, a line that is not like :data:`sievert.calibration.questions.LINE`, or no lines at all.
         ImageError: an image that cannot be read.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read ({error}): give a file of lines {_LINE}") from error
-    samples: list[Sample] = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        _, images, prompt = read_entry(f"{path}, line {number}", line, _LINE)
-        samples.append(Sample(tuple(load_image(path.parent / image) for image in images), prompt))
-        if len(samples) == limit:
-            break
-    if not samples:
-        raise InputError(f"{path} has no lines: a check needs at least one sample")
-    return tuple(samples)
+    asked = read_questions(path, limit=limit).questions
+    return tuple(Sample(tuple(load_image(image) for image in each.images), each.prompt) for each in asked)

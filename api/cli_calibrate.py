@@ -78,9 +78,13 @@ def ranges(
     if report is not None:
         write_file(report, (json.dumps(found.to_json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
         screen.show(f"Every tensor is in {shlex.quote(str(report))}")
-    model = shlex.quote(Bundle.open(bundle).manifest.source.model)
-    advised = "bfloat16" if found.keep_float32 else dtype.value
-    screen.next(f"export {model} OUT --dtype {advised}")
+    if found.emulated:  # narrowed as it was exported
+        model = shlex.quote(Bundle.open(bundle).manifest.source.model)
+        screen.next(f"export {model} OUT --dtype {'bfloat16' if found.keep_float32 else dtype.value}")
+    else:
+        data = f" --collection {shlex.quote(str(collection))}" if str(collection) else ""
+        formats = (dtype.value, "bfloat16") if found.keep_float32 else (dtype.value,)
+        screen.next(*(f"quantise {shlex.quote(str(bundle))} --variant {found.variant} --format {each}{data}" for each in formats))
 
 
 def quantise(

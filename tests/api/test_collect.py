@@ -45,7 +45,7 @@ def test_collect_and_ranges_say_what_they_did_and_what_is_next(bundle: Path, dat
     assert (info["variant"], info["random"], info["decode_steps"]) == ("full", False, [1, 8])
     said = sievert("ranges", bundle, "--worst", 3, "--json", tmp_path / "ranges.json")
     assert said.code == 0, said.all
-    assert "full in float16: 0 tensors overflow" in said.out and "--dtype float16" in said.out and "headroom" in said.out
+    assert "full in float16: 0 tensors overflow" in said.out and "--variant full --format float16" in said.out and "headroom" in said.out
     report = json.loads((tmp_path / "ranges.json").read_text())
     assert (report["variant"], report["dtype"], report["limit"], report["keep_float32"]) == ("full", "float16", 65504, [])
     assert len(report["tensors"]) > 200 and report["runs"]["prefill"] == 3
@@ -76,7 +76,8 @@ def test_overflow_is_shown_with_its_reason(shared: Path, data: Path, tmp_path: P
         "of 2 runs, float16 ends at 3",
         "more, all in --json",
         "more overflow further on",
-        "--dtype bfloat16",
+        "--format float16 --collection",
+        "--format bfloat16 --collection",
     ):
         assert part in said.out, said.out
 
