@@ -138,7 +138,8 @@ def quantise(
     screen.show(f"Made the variant [bold]{made.name}[/] of {place}")
     for line in tables.quantised_lines(made):
         screen.show(line)
-    data = " --data QUESTIONS.jsonl" if format in (a.FormatName.int8, a.FormatName.fp8) else ""  # scales fit the kind they came from
+    precision = made.variant.precision
+    data = " --data QUESTIONS.jsonl" if precision is not None and precision.calibration else ""  # scales fit the kind they came from
     screen.next(f"check {place} --variant {made.name}{data}", f"build {place} --variant {made.name} --engine tensorrt-rtx")
 
 

@@ -26,7 +26,7 @@ def test_quantise_says_what_it_did_and_later_commands_say_what_it_is(bundle: Pat
         "a selector reads what it makes: model.language_model.layers.1.self_attn.k_proj.weight.T",
         "it makes the logits: lm_head.weight",
         "this calibration data is random",
-        f"Next: sievert check {bundle} --variant iwp-22-int8",
+        f"Next: sievert check {bundle} --variant iwp-22-int8 --data QUESTIONS.jsonl",
     ):
         assert part in " ".join(said.out.split()), said.out
     four = sievert("quantise", bundle, "--format", "int4", "--name", "four")
